@@ -1,0 +1,1 @@
+"""Data sets of the experiments: generated, embedded or read from files."""

@@ -1,0 +1,514 @@
+"""TOML files as frozen dataclasses, and back.
+
+The dataclass is the schema: its field names are the keys, its annotations the types, its defaults the defaults, and a
+nested dataclass is a table. Nothing is declared twice, and nothing in a file is ignored: a key that no field has is
+an error. This module knows nothing about the experiments.
+
+A field may be `bool`, `int`, `float`, `str`, `Literal[...]`, `tuple[X, ...]`, a dataclass, any of these `| None`, or
+a union of dataclasses, each with a field `kind: Literal["..."]` by which the file says which one it means.
+
+Three rules that are not obvious:
+
+* TOML has no null. An `X | None` field that is left out takes its default, or None if it has none.
+* If a field's default is a dataclass instance, the keys that a file leaves out of that table keep the values of that
+  instance, not those of its class. So `model.num_heads=8` changes one number whether or not the file has a `[model]`.
+  What follows from other fields is therefore better a property than set in `__post_init__`.
+* Checks across fields live in `__post_init__`: its ValueError becomes a ConfigError that names the table.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import re
+import tomllib
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from experiments.errors import ConfigError
+
+T = TypeVar("T")
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
+_EXAMPLES = {bool: "true", int: "8", float: "0.1", str: '"name"'}
+_TOML_TYPES = {bool: "boolean", int: "integer", float: "float", str: "string", list: "array", dict: "table"}
+
+
+def read(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
+    """Reads a config file, applies the overrides and returns the checked config.
+
+    Args:
+      path: a TOML file in UTF-8.
+      schema: the dataclass of the whole file.
+      overrides: TOML lines, `model.num_heads=8`; see `merge`.
+
+    Raises:
+      ConfigError: the file cannot be read, is not TOML, or does not fit the schema.
+    """
+    table = merge(_load(Path(path)), overrides)
+    typed: dict[str, str] = {}
+    for text in overrides:
+        typed[".".join(_parse_override(text)[0])] = text  # of two for one key the last counts, as in merge
+    return _build(table, schema, _Source(str(path), schema, typed))
+
+
+def build(table: dict, schema: type[T], *, where: str = "config") -> T:
+    """Turns a parsed TOML table into the dataclass `schema`; `where` is what error messages call the source."""
+    return _build(table, schema, _Source(where, schema, {}))
+
+
+def merge(table: Mapping[str, Any], overrides: Iterable[str]) -> dict:
+    """Returns a copy of `table` with the overrides applied in order, so that the last one for a key wins.
+
+    Each override is one TOML line, `dotted.key=value`. An inline table replaces the whole table, which is the way to
+    switch to another kind: `data={kind="text", root="corpus"}`. A value that is not TOML (`data.root=/tmp/x`, whose
+    quotes the shell ate) is kept as unquoted text, which `build` accepts where the field is text.
+
+    >>> merge({"seed": 0, "model": {"num_heads": 4}}, ["model.num_heads=8", "model.bias=true"])
+    {'seed': 0, 'model': {'num_heads': 8, 'bias': True}}
+    """
+    merged = copy.deepcopy(dict(table))
+    for text in overrides:
+        keys, value = _parse_override(text)
+        inner = merged
+        for depth, key in enumerate(keys[:-1], start=1):
+            inner = inner.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(
+                    f"override {text!r}: {'.'.join(keys[:depth])} is {_show(inner)}, not a table, so it has no key "
+                    f"{keys[depth]}; override {'.'.join(keys[:depth])} as a whole."
+                )
+        inner[keys[-1]] = value
+    return merged
+
+
+def to_toml(config: Any) -> str:
+    """Writes a config as TOML text, every default spelled out; fields that are None are left out.
+
+    `build(tomllib.loads(to_toml(config)), type(config)) == config` is checked before the text is returned, because a
+    resolved config that reads back as something else is worse than none.
+
+    Raises:
+      ValueError: a value has no TOML form, such as None in a field whose default is not None.
+    """
+    lines: list[str] = []
+
+    def write(part: Any, path: str) -> None:
+        tables = []
+        for name in _fields(type(part)):
+            value = getattr(part, name)
+            if dataclasses.is_dataclass(value):
+                tables.append((name, value))
+            elif value is not None:
+                lines.append(f"{_key(name)} = {_literal(value)}")
+        for name, value in tables:  # after the plain keys, which would else fall into the table above them
+            child = _join(path, _key(name))
+            lines.extend(([""] if lines else []) + [f"[{child}]"])
+            write(value, child)
+
+    write(config, "")
+    text = "\n".join(lines) + "\n"
+    again = build(tomllib.loads(text), type(config), where="to_toml")
+    if again != config:
+        raise ValueError(
+            f"schema.to_toml: {type(config).__name__} must read back from TOML as itself, got {again} from {config}; "
+            "a field that may be None needs None as its default, for TOML has no null."
+        )
+    return text
+
+
+# The file and the overrides -------------------------------------------------------------------------------------------
+
+
+class _Unquoted(str):
+    """The value of an override that is not TOML; text if the field is text, else a mistake."""
+
+
+def _load(path: Path) -> dict:
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.toml"))
+        listing = f"; it holds {', '.join(files)}" if files else ""
+        raise ConfigError(f"{path}: this is a folder, not a TOML file{listing}.")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        folder = path.parent
+        if not folder.is_dir():
+            raise ConfigError(f"{path}: there is no such file, and no folder {folder} either.") from None
+        near = _nearest(path.name, [file.name for file in folder.iterdir() if file.is_file()], cutoff=0.5)
+        hint = f"; did you mean {folder / near}?" if near else f" in {folder.resolve()}."
+        raise ConfigError(f"{path}: there is no such file{hint}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: the file cannot be read: {error.strerror}.") from error
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{path}: the file is UTF-16, TOML must be UTF-8; save it again as UTF-8.")
+    if b"\0" in raw:
+        raise ConfigError(f"{path}: this is a binary file, not TOML text.")
+    try:
+        text = raw.decode("utf-8-sig")  # editors on Windows put a byte order mark, which tomllib refuses
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        byte = f"byte 0x{raw[error.start]:02x} in line {line}"
+        raise ConfigError(f"{path}: the file is not UTF-8 ({byte}); save it again as UTF-8.") from error
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise ConfigError(_syntax_message(path, text.replace("\r\n", "\n"), str(error))) from error
+
+
+def _syntax_message(path: Path, text: str, problem: str) -> str:
+    lines = text.rstrip("\n").split("\n")
+    found = re.search(r" \(at line (\d+), column (\d+)\)$", problem)
+    if found:
+        line, column = int(found[1]), int(found[2])
+    else:  # "(at end of document)"
+        line, column = len(lines), len(lines[-1]) + 1
+    shown = lines[line - 1] if line <= len(lines) else ""
+    hint = '; text needs quotes: key = "text"' if problem.startswith("Invalid value") else ""
+    reason = re.sub(r" \(at .*\)$", "", problem)
+    margin = " " * len(str(line))
+    caret = re.sub(r"[^\t]", " ", shown[: column - 1])  # tabs kept, so that the caret stands under its column
+    return (
+        f"{path}, line {line}, column {column}: this is not valid TOML ({reason}){hint}\n"
+        f"  {line} | {shown}\n  {margin} | {caret}^"
+    )
+
+
+def _parse_override(text: str) -> tuple[list[str], Any]:
+    """Splits `a.b=value` into (["a", "b"], value)."""
+    key, equals, raw = (part.strip() for part in text.partition("="))
+    try:
+        node = tomllib.loads(f"{key}=0") if equals and "\n" not in text else None
+    except ValueError:
+        node = None
+    if not node:
+        raise ConfigError(f"override {text!r}: this is not key=value; write one such as model.num_heads=8.")
+    if not raw:
+        raise ConfigError(f"""override {text!r}: the value is missing; for empty text write '{key}=""'.""")
+    keys = []
+    while isinstance(node, dict):
+        keys += node
+        node = node[keys[-1]]
+    try:
+        value: Any = tomllib.loads(text)
+    except ValueError:
+        return keys, _Unquoted(raw)
+    for name in keys:
+        value = value[name]
+    return keys, value
+
+
+# What a schema says ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _fields(schema: type) -> dict[str, tuple[dataclasses.Field, Any]]:
+    """The keys of a table: name -> (field, resolved type)."""
+    hints = get_type_hints(schema)
+    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(schema) if field.init}
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The types a field may have, None aside: one type, or several dataclasses."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    members = [member for member in members if member is not types.NoneType]
+    plain = len(members) == 1 and (
+        members[0] in _WORDS
+        or get_origin(members[0]) is Literal
+        or (get_origin(members[0]) is tuple and get_args(members[0])[1:] == (...,))
+    )
+    if not plain and not all(isinstance(m, type) and dataclasses.is_dataclass(m) for m in members):
+        raise TypeError(
+            f"schema: a field must be bool, int, float, str, Literal, tuple[X, ...], a dataclass, one of these | None, "
+            f"or a union of dataclasses, got {hint}."
+        )
+    return members
+
+
+def _optional(hint: Any) -> bool:
+    return types.NoneType in get_args(hint)
+
+
+def _kinds(members: list[type]) -> dict[str, type]:
+    """The dataclasses of a union by their `kind`."""
+    kinds: dict[str, type] = {}
+    for member in members:
+        hint = _fields(member)["kind"][1] if "kind" in _fields(member) else None
+        if get_origin(hint) is not Literal or kinds.keys() & set(get_args(hint)):
+            raise TypeError(f'schema: {member.__name__} is in a union, so it must have its own kind: Literal["..."].')
+        kinds |= dict.fromkeys(get_args(hint), member)
+    return kinds
+
+
+def _homes(schema: type, path: str = "", home: str = "", inside: tuple = ()) -> Iterator[tuple[str, str]]:
+    """Yields every key of a schema with the table it belongs to; refuses a schema that this module cannot read."""
+    for name, (_, hint) in _fields(schema).items():
+        yield name, home or "the top of the file, before the first [table]"
+        members, brackets = _alternatives(hint), "[{}]"
+        while get_origin(members[0]) is tuple:
+            members, brackets = _alternatives(get_args(members[0])[0]), "[[{}]]"
+        kinds = _kinds(members) if len(members) > 1 else dict.fromkeys([""], members[0])
+        for kind, member in kinds.items():
+            if isinstance(member, type) and dataclasses.is_dataclass(member) and member not in inside:
+                child = _join(path, name)
+                label = brackets.format(child) + (f" with kind = {_literal(kind)}" if kind else "")
+                yield from _homes(member, child, label, (*inside, member))
+
+
+def _describe(hint: Any) -> tuple[str, str]:
+    """A type in words that a user of a config file knows, and an example of it in TOML."""
+    first = _alternatives(hint)[0]
+    if get_origin(first) is Literal:
+        return f"{'one of ' if len(get_args(first)) > 1 else ''}{_listed(get_args(first))}", _literal(
+            get_args(first)[0]
+        )
+    if get_origin(first) is tuple:
+        words, example = _describe(get_args(first)[0])
+        return f"an array whose every element is {words}", f"[{example}, {example}]"
+    return (_WORDS[first], _EXAMPLES[first]) if first in _WORDS else ("a table", "{...}")
+
+
+# From table to dataclass ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where values come from, for the messages: the file, the whole schema, and dotted key -> override as typed."""
+
+    where: str
+    schema: type
+    overrides: Mapping[str, str]
+
+    def error(self, path: str, message: str) -> ConfigError:
+        touching = [text for key, text in self.overrides.items() if _within(path, key) or _within(key, path)]
+        return ConfigError(", ".join([self.where, *(f"override {text!r}" for text in touching)]) + f": {message}")
+
+    def line(self, path: str, literal: str) -> str:
+        """The line to write at `path`, in the file or, quoted for the shell, as an override."""
+        if any(_within(path, key) for key in self.overrides):
+            return f"'{path}={literal}'"
+        return literal if path.endswith("]") else f"{path.rpartition('.')[2]} = {literal}"
+
+
+def _build(table: dict, schema: type[T], source: _Source) -> T:
+    if not dataclasses.is_dataclass(schema):
+        raise TypeError(f"schema.build: schema must be a dataclass, got {schema}.")
+    for _ in _homes(schema):  # a schema that cannot be read is refused now, not when a file first uses that field
+        pass
+    return _table(table, [schema], "", source, dataclasses.MISSING)
+
+
+def _table(value: Any, members: list[type], path: str, source: _Source, default: Any) -> Any:
+    """Builds one of the dataclasses `members`; keys that are left out come from the instance `default`, if any."""
+    if not isinstance(value, dict):
+        advice = f"; write [{path}] on a line of its own and its keys below it." if path else "."
+        raise source.error(path, f"{path or 'the config'} must be a table, got {_show(value)}{advice}")
+    schema = members[0]
+    if len(members) > 1:
+        kinds = _kinds(members)
+        if "kind" not in value:
+            lines = " or ".join(f"kind = {_literal(kind)}" for kind in kinds)
+            raise source.error(path, f"{path}.kind is missing: it says which [{path}] this is; write {lines}.")
+        schema = kinds[_choice(value["kind"], Literal[tuple(kinds)], f"{path}.kind", source)]  # type: ignore
+    if any(key not in _fields(schema) for key in value):
+        raise _unknown_keys(value, schema, path, source)
+    arguments = {}
+    for name, (field, hint) in _fields(schema).items():
+        child = _join(path, name)
+        if type(default) is schema:
+            preset = getattr(default, name)
+        else:
+            factory = field.default_factory
+            preset = field.default if factory is dataclasses.MISSING else factory()
+        alternatives = _alternatives(hint)
+        if name in value:
+            arguments[name] = _convert(value[name], hint, child, source, preset)
+        elif preset is not dataclasses.MISSING:
+            arguments[name] = preset
+        elif _optional(hint):
+            arguments[name] = None
+        elif len(alternatives) == 1 and dataclasses.is_dataclass(alternatives[0]):
+            arguments[name] = _table({}, alternatives, child, source, dataclasses.MISSING)
+        elif len(alternatives) > 1:
+            kinds = _listed(_kinds(alternatives))
+            raise source.error(child, f"the table [{child}] is missing; write [{child}] and, below it, kind = {kinds}.")
+        else:
+            words, example = _describe(hint)
+            place = f" in [{path}]" if path else " at the top of the file"
+            line = f"{name} = {example}"
+            raise source.error(child, f"{child} is missing: it must be {words}, for example {line}{place}.")
+    try:
+        return schema(**arguments)
+    except ValueError as error:
+        raise source.error(path, f"[{path}] {error}" if path else str(error)) from error
+
+
+def _convert(value: Any, hint: Any, path: str, source: _Source, default: Any = dataclasses.MISSING) -> Any:
+    """Checks one value against its type and returns it as that type."""
+    alternatives = _alternatives(hint)
+    kind = alternatives[0]
+    if dataclasses.is_dataclass(kind):
+        return _table(value, alternatives, path, source, default)
+    if get_origin(kind) is Literal:
+        return _choice(value, kind, path, source)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        element = get_args(kind)[0]
+        return tuple(_convert(item, element, f"{path}[{i}]", source) for i, item in enumerate(value))
+    if isinstance(value, _Unquoted):
+        if kind is str and value[0] not in "\"'[{":  # those begin TOML that went wrong, not text without quotes
+            return str(value)
+        raise _wrong_type(value, hint, path, source)
+    if kind is float and type(value) in (int, float):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise source.error(path, f"{path} must be a finite number, got {_show(value)}.")
+        return number
+    if type(value) is not kind:  # and not isinstance: true is an int to Python, but not to a user
+        raise _wrong_type(value, hint, path, source)
+    return value
+
+
+def _choice(value: Any, literal: Any, path: str, source: _Source) -> Any:
+    allowed = get_args(literal)
+    for item in allowed:
+        if type(item) is type(value) and item == value:
+            return item
+    words, _ = _describe(literal)
+    message = f"{path} must be {words}, got {_show(value)}"
+    near = _nearest(str(value), [str(item) for item in allowed])
+    if near is None:
+        raise source.error(path, message + ".")
+    near = next(item for item in allowed if str(item) == near)
+    if str(near) == str(value):  # the right value with the wrong quotes
+        raise source.error(path, f"{message}; write {source.line(path, _literal(near))}")
+    raise source.error(path, f"{message}; did you mean {_literal(near)}?")
+
+
+def _wrong_type(value: Any, hint: Any, path: str, source: _Source) -> ConfigError:
+    words, example = _describe(hint)
+    message = f"{path} must be {words}, got {_show(value)}"
+    if isinstance(value, str) and value.lower() in ("none", "null") and _optional(hint):
+        return source.error(path, f"{message}; TOML has no null: leave the key out instead.")
+    for text in _repairs(value):
+        try:
+            _convert(tomllib.loads(f"x = {text}")["x"], hint, path, source)
+        except (ValueError, RecursionError, ConfigError):
+            continue
+        return source.error(path, f"{message}; write {source.line(path, text)}")
+    return source.error(path, f"{message}; an example: {source.line(path, example)}")
+
+
+def _repairs(value: Any) -> Iterator[str]:
+    """TOML texts that a user may have meant by `value`, for `_wrong_type` to try."""
+    if isinstance(value, str):
+        yield from (value.strip(), value.strip().lower(), f"[{value}]")  # "8", True, and 8,16
+        try:
+            yield repr(float(value))  # .5 and 5. are numbers to Python only
+        except ValueError:
+            pass
+        yield _literal(value.strip("\"'"))
+        yield _literal([part.strip(" \"'") for part in value.strip("[] ").split(",")])
+    elif isinstance(value, (bool, int, float)):
+        if isinstance(value, float) and value.is_integer():
+            yield str(int(value))
+        elif not isinstance(value, bool) and value in (0, 1):
+            yield _literal(bool(value))
+        yield _literal(str(_literal(value)))
+        yield f"[{_literal(value)}]"
+    elif not isinstance(value, (list, dict)):  # a date
+        yield _literal(str(value))
+
+
+def _unknown_keys(table: dict, schema: type, path: str, source: _Source) -> ConfigError:
+    known = list(_fields(schema))
+    homes: dict[str, list[str]] = {}
+    for key, home in _homes(source.schema):
+        homes.setdefault(key, []).append(home)
+    lines, listed = [], False
+    unknown = [key for key in table if key not in known]
+    for key in unknown:
+        child = _join(path, _key(key))
+        near, afar = _nearest(key, known), _nearest(key, homes)
+        if key in homes:
+            advice = f"{key} belongs to {' or '.join(dict.fromkeys(homes[key]))}"
+            advice += f"; here, did you mean {near}?" if near else ""
+        elif near:
+            advice = f"did you mean {near}?"
+        elif afar:
+            advice = f"did you mean {afar}, which belongs to {' or '.join(dict.fromkeys(homes[afar]))}?"
+        else:
+            advice, listed = "", True
+        is_table = isinstance(table[key], dict)
+        what = f"[{child}]" if is_table else f"{child} = {_show(table[key], named=False)}"
+        lines.append(f"{what} is not a known {'table' if is_table else 'key'}" + (f"; {advice}" if advice else ""))
+    place = f"[{path}]" if path else "the top level"
+    ending = f"\nThe keys of {place} are {', '.join(known) or 'none'}." if listed else ""
+    if len(lines) == 1:
+        return source.error(_join(path, unknown[0]), lines[0] + ending)
+    return source.error(path, f"{place} has {len(lines)} unknown keys:\n  " + "\n  ".join(lines) + ending)
+
+
+# TOML text ------------------------------------------------------------------------------------------------------------
+
+
+def _literal(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return int.__repr__(value)
+    if isinstance(value, float):
+        return float.__repr__(value)
+    if isinstance(value, str):  # JSON's escapes are TOML's, except for DEL, which TOML wants escaped
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_literal, value))}]"
+    if dataclasses.is_dataclass(value):
+        value = {name: getattr(value, name) for name in _fields(type(value)) if getattr(value, name) is not None}  # type: ignore
+    if isinstance(value, dict):
+        inner = ", ".join(f"{_key(name)} = {_literal(item)}" for name, item in value.items())
+        return f"{{{inner}}}"
+    if type(value).__module__ == "datetime":
+        return str(value)
+    raise ValueError(f"schema.to_toml: a value must be bool, int, float, str, tuple or dataclass, got {value!r}.")
+
+
+def _show(value: Any, named: bool = True) -> str:
+    """A value for a message, cut if long: `the string "8"`."""
+    unquoted = isinstance(value, _Unquoted)
+    text = str(value) if unquoted else _literal(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    name = "unquoted text" if unquoted else _TOML_TYPES.get(type(value), "date or time")
+    return f"the {name} {text}" if named else text
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _literal(name)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    texts = [_literal(value) for value in values]
+    return ", ".join(texts[:-1]) + (" or " if len(texts) > 1 else "") + texts[-1]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _within(path: str, table: str) -> bool:
+    return not table or path == table or path.startswith((f"{table}.", f"{table}["))
+
+
+def _nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[found[0]] if found else None

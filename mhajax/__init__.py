@@ -1,0 +1,47 @@
+"""Multi-head attention as pure functions: use it, train it, and measure what its heads do.
+
+    config = mhajax.AttentionConfig(d_model=64, num_heads=8)
+    params = mhajax.init_params(jax.random.key(0), config)
+    y = mhajax.apply(params, x, config, mask=mhajax.masks.causal())
+
+A map of the package:
+
+    attention       project → attend → concatenate → combine: Config, Params, init_params, apply
+    masks           who may look at whom: causal, lengths, segments, dense; & | ~
+    positions       rotary, sinusoids: functions handed to attention or added to embeddings
+    kernels         softmax(q kᵀ) v for given q, k, v
+    cache           keys and values already seen
+    norm, mlp, block, transformer, embedding, language_model, translator
+                    the models, each with Config, Params, init_params, apply
+    decoding        greedy, sampling and beam search
+    linen, nnx      Flax modules over the same functions (import them by name)
+    losses, training  Optax training of any loss (import training by name)
+    heads           measures of heads
+    figures         pictures from arrays (import it by name; needs matplotlib)
+
+Notation, everywhere: B batch, T queries, S keys, N query heads, K key/value heads, H width of a head, D model width,
+V vocabulary, L layers. H is not "heads".
+"""
+
+from mhajax import attention, cache, decoding, language_model, losses, masks, positions, translator
+from mhajax.attention import Config as AttentionConfig
+from mhajax.attention import Params as AttentionParams
+from mhajax.attention import apply, apply_captured, init_params
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionConfig",
+    "AttentionParams",
+    "apply",
+    "apply_captured",
+    "attention",
+    "cache",
+    "decoding",
+    "init_params",
+    "language_model",
+    "losses",
+    "masks",
+    "positions",
+    "translator",
+]

@@ -1,0 +1,378 @@
+"""Multi-head attention: project → attend → concatenate → combine.
+
+One head turns the input into its own queries, keys and values and attends on its own:
+
+    head_n = softmax(x w_q[n] (memory w_k[n])ᵀ / √H) memory w_v[n]            [T, Hv]
+    out    = Σ_n head_n w_o[n]   (= concatenate the heads, then one linear map)  [T, D]
+
+and everything else is that head lifted over the heads (the leading axis N of every parameter) and over the batch.
+
+References:
+  Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2; their h, d_k, d_v are our N, H, Hv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from mhajax import dropout, kernels
+from mhajax.masks import Mask, Tokens, as_mask, tokens
+
+CAPTURES = ("queries", "keys", "values", "logits", "weights", "heads", "contributions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The shape of a multi-head attention.
+
+    Attributes:
+      d_model: D, width of the input and of the output.
+      num_heads: N, query heads.
+      num_kv_heads: K, heads of keys and values; N/K query heads share one. None: K = N. 1: multi-query attention.
+      head_dim: H, width of one head's queries and keys. None: D/N.
+      value_dim: Hv, width of one head's values. None: H.
+      use_bias: add a bias after each of the four projections.
+    """
+
+    d_model: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    use_bias: bool = False
+
+    def __post_init__(self):
+        for name in ("d_model", "num_heads", "num_kv_heads", "head_dim", "value_dim"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got num_heads={self.num_heads} and "
+                f"num_kv_heads={self.num_kv_heads}; every key head serves the same number of query heads."
+            )
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ValueError(
+                f"d_model must be a multiple of num_heads, got d_model={self.d_model} and num_heads={self.num_heads}; "
+                "or give head_dim."
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def width(self) -> int:
+        """H."""
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Hv."""
+        return self.width if self.value_dim is None else self.value_dim
+
+
+class Params(NamedTuple):
+    """The parameters; the leading axis is the heads', so a head is a slice. Biases are None without `use_bias`."""
+
+    w_q: Array  # [N, D, H]
+    w_k: Array  # [K, D, H]
+    w_v: Array  # [K, D, Hv]
+    w_o: Array  # [N, Hv, D]
+    b_q: Array | None = None  # [N, H]
+    b_k: Array | None = None  # [K, H]
+    b_v: Array | None = None  # [K, Hv]
+    b_o: Array | None = None  # [D]
+
+
+class KeysValues(NamedTuple):
+    """What the memory answers with: keys and values of all heads, projected once."""
+
+    k: Array  # [..., K, S, H]
+    v: Array  # [..., K, S, Hv]
+
+
+def init_params(key: Array, config: Config) -> Params:
+    """Parameters of N heads, each from its own key.
+
+    Entries are normal with variance 1/fan_in (D for queries, keys and values, N·Hv for the output); biases are zero.
+
+    Args:
+      key: PRNG key.
+      config: the shape.
+
+    Returns:
+      Float32 parameters (float64 where JAX runs in 64 bits).
+
+    >>> config = Config(d_model=16, num_heads=4)
+    >>> jax.tree.map(jnp.shape, init_params(jax.random.key(0), config).w_q)
+    (4, 16, 4)
+    """
+    key_q, key_k, key_v, key_o = jax.random.split(key, 4)
+
+    def heads(key: Array, count: int, rows: int, columns: int, fan_in: int) -> Array:
+        one = lambda key: jax.random.normal(key, (rows, columns)) * fan_in**-0.5  # noqa: E731
+        return jax.vmap(one)(jax.random.split(key, count))
+
+    d, n, k, h, hv = config.d_model, config.num_heads, config.kv_heads, config.width, config.value_width
+    biases = [jnp.zeros(s) for s in ((n, h), (k, h), (k, hv), (d,))] if config.use_bias else [None] * 4
+    return Params(
+        heads(key_q, n, d, h, fan_in=d),
+        heads(key_k, k, d, h, fan_in=d),
+        heads(key_v, k, d, hv, fan_in=d),
+        heads(key_o, n, hv, d, fan_in=n * hv),
+        *biases,
+    )
+
+
+def apply(params: Params, x: Array, config: Config, *, memory: Array | None = None, **options: Any) -> Array:
+    """Multi-head attention of x to itself, or to `memory`.
+
+    Works in the dtype of x: parameters are cast to it; logits and softmax are float32 (float64 for float64).
+
+    Args:
+      params: from `init_params`, or any arrays of those shapes.
+      x: the stream that asks, [..., T, D].
+      config: the shape; static under jit.
+      memory: the stream that answers, [..., S, D] with the leading axes of x; x itself if None.
+      mask: a Mask, or booleans [T, S] or [..., N, T, S], True = may attend. A three-axis array is refused.
+      bias: numbers added to the logits, broadcast to [..., N, T, S]; -inf masks.
+      positions: positions of the queries, integers [T] or [..., T]; 0, 1, 2, … if None.
+      memory_positions: positions of the keys, [S] or [..., S]; those of x in self-attention, else 0, 1, 2, ….
+      rotate: function (x [..., T, H], positions [..., T]) → [..., T, H] applied to queries and keys, such as
+        `positions.rotary`.
+      gates: factor of every head's output, [N] or [..., N]: 1 leaves a head alone, 0 removes it.
+      dropout_rate: share of the attention weights that is dropped; needs dropout_key.
+      dropout_key: PRNG key of the dropout; None is evaluation.
+
+    Returns:
+      [..., T, D] in the dtype of x. A query that may attend to nothing gets the bias b_o, or zeros without biases.
+
+    Raises:
+      ValueError: for shapes that do not fit, with the sizes expected and got.
+      TypeError: for a mask that is not boolean, an option that does not exist.
+
+    >>> config = Config(d_model=16, num_heads=4)
+    >>> params = init_params(jax.random.key(0), config)
+    >>> apply(params, jnp.ones((2, 5, 16)), config).shape
+    (2, 5, 16)
+
+    References:
+      Vaswani et al. 2017, section 3.2. Grouped heads: Ainslie et al. 2023, "GQA", section 2.2. Gates: Michel et al.
+      2019, "Are Sixteen Heads Really Better than One?", section 2.2 (their ξ).
+    """
+    return apply_captured(params, x, config, memory=memory, capture=(), **options)[0]
+
+
+def apply_captured(
+    params: Params,
+    x: Array,
+    config: Config,
+    *,
+    memory: Array | None = None,
+    capture: Sequence[str] = ("weights",),
+    memory_positions: Array | None = None,
+    positions: Array | None = None,
+    rotate: Callable[[Array, Array], Array] | None = None,
+    mask: Mask | ArrayLike | None = None,
+    **options: Any,
+) -> tuple[Array, dict[str, Array]]:
+    """`apply`, and what it computed on the way; the output is the same.
+
+    Args:
+      params, x, config, memory: as in `apply`, and so are all its other options.
+      capture: what to return, any of
+        "queries" [..., N, T, H], "keys" [..., K, S, H], "values" [..., K, S, Hv] as they enter the dot product,
+        "logits" and "weights" [..., N, T, S] (scaled and biased, -inf where masked; before dropout),
+        "heads" [..., N, T, Hv], every head's own output after its gate, before w_o,
+        "contributions" [..., N, T, D], what each head adds to the output.
+
+    Returns:
+      The output [..., T, D], and a dict with an array for every name.
+
+    Raises:
+      ValueError: for a name that does not exist; else as `apply`.
+    """
+    _check_input("x", x, config)
+    mask = as_mask(mask)
+    if memory is None:
+        memory_positions = positions if memory_positions is None else memory_positions
+        memory = x
+    else:
+        _check_input("memory", memory, config)
+        if memory.shape[:-2] != x.shape[:-2]:
+            raise ValueError(
+                f"attention.apply: memory must have the leading axes of x, {x.shape[:-2]}, got {memory.shape[:-2]} "
+                f"(x {x.shape}, memory {memory.shape}); jnp.broadcast_to a shared memory."
+            )
+    masked = mask is not None or options.get("bias") is not None
+    answers = keys_values(params, memory, config, positions=memory_positions, rotate=rotate, masked=masked)
+    return apply_to(
+        params, x, answers, config,
+        mask=mask, positions=positions, rotate=rotate, capture=capture,
+        keys=tokens(memory.shape[-2], memory_positions), **options,
+    )  # fmt: skip
+
+
+def keys_values(
+    params: Params,
+    memory: Array,
+    config: Config,
+    *,
+    positions: Array | None = None,
+    rotate: Callable[[Array, Array], Array] | None = None,
+    masked: bool = True,
+) -> KeysValues:
+    """The memory projected to keys and values of every head, to be attended to with `apply_to`, once or often.
+
+    Args:
+      params, config: as in `apply`.
+      memory: [..., S, D].
+      positions: [S] or [..., S], for `rotate`.
+      rotate: as in `apply`.
+      masked: whether a mask will be used: then a token that is not finite becomes a key that is not finite, and spoils
+        nothing but the queries that see it (not even the gradient of the projections).
+
+    Returns:
+      Keys [..., K, S, H] and values [..., K, S, Hv].
+    """
+    _check_input("memory", memory, config)
+    params = jax.tree.map(lambda w: w.astype(memory.dtype), params)
+    spoilt = None
+    if masked:
+        memory, spoilt = _sound(memory)
+    k = _project(memory, params.w_k, params.b_k)
+    v = _project(memory, params.w_v, params.b_v)
+    if rotate is not None:
+        k = rotate(k, _with_heads(positions, memory.shape[-2]))
+    if spoilt is not None:
+        k = jnp.where(spoilt[..., None, :, :], jnp.nan, k)
+    return KeysValues(k, v)
+
+
+def apply_to(
+    params: Params,
+    x: Array,
+    answers: KeysValues,
+    config: Config,
+    *,
+    mask: Mask | ArrayLike | None = None,
+    bias: Array | None = None,
+    positions: Array | None = None,
+    keys: Tokens | None = None,
+    rotate: Callable[[Array, Array], Array] | None = None,
+    gates: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    capture: Sequence[str] = (),
+) -> tuple[Array, dict[str, Array]]:
+    """Attention of x to keys and values that are already there: a cache, or a memory projected once.
+
+    Args:
+      answers: from `keys_values`, or a cache's.
+      keys: indices and positions of the S keys; 0, 1, 2, … if None.
+      params, x, config, and the others: as in `apply_captured`.
+
+    Returns:
+      The output [..., T, D], and a dict with an array for every name in `capture`.
+    """
+    _check_input("x", x, config)
+    _check_params(params, config)
+    _check_options(config, x, gates, dropout_rate, dropout_key, capture)
+    mask = as_mask(mask)
+    queries = tokens(x.shape[-2], positions)
+    params = jax.tree.map(lambda w: w.astype(x.dtype), params)
+    asking, spoilt = (x, None) if mask is None and bias is None else _sound(x)
+    q = _project(asking, params.w_q, params.b_q)
+    if rotate is not None:
+        q = rotate(q, _with_heads(positions, x.shape[-2]))
+    if spoilt is not None:
+        q = jnp.where(spoilt[..., None, :, :], jnp.nan, q)
+    heads, captured = kernels.attend(
+        q, answers.k, answers.v,
+        mask=mask, bias=bias, queries=queries, keys=tokens(answers.k.shape[-2]) if keys is None else keys,
+        dropout_rate=dropout_rate, dropout_key=dropout_key,
+        capture=tuple(name for name in capture if name in ("logits", "weights")),
+    )  # fmt: skip
+    if gates is not None:
+        heads = heads * gates[..., None, None].astype(heads.dtype)
+    out = jnp.einsum("...nth,nhd->...td", heads, params.w_o)
+    if params.b_o is not None:
+        out = out + params.b_o
+    on_the_way = {
+        "queries": lambda: q,
+        "keys": lambda: answers.k,
+        "values": lambda: answers.v,
+        "heads": lambda: heads,
+        "contributions": lambda: jnp.einsum("...nth,nhd->...ntd", heads, params.w_o),
+    }
+    return out, {name: captured[name] if name in captured else on_the_way[name]() for name in capture}
+
+
+def _project(x: Array, weights: Array, bias: Array | None) -> Array:
+    """One head's linear map, x [..., T, D] by [D, H], for every head of `weights` [N, D, H]: [..., N, T, H]."""
+    one_head = lambda w, b: x @ w if b is None else x @ w + b  # noqa: E731
+    return jax.vmap(one_head, in_axes=(0, None if bias is None else 0), out_axes=-3)(weights, bias)
+
+
+def _sound(x: Array) -> tuple[Array, Array]:
+    """x with tokens that are not finite set to 0, and which they are, bool [..., T, 1]."""
+    spoilt = ~jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+    return jnp.where(spoilt, 0, x), spoilt
+
+
+def _with_heads(positions: Array | None, length: int) -> Array:
+    """Positions [T] or [..., T] as they broadcast against [..., N, T]."""
+    if positions is None:
+        return jnp.arange(length)
+    return positions if positions.ndim == 1 else positions[..., None, :]
+
+
+def _check_input(name: str, x: Array, config: Config) -> None:
+    if x.ndim < 2 or x.shape[-1] != config.d_model:
+        axes = "[..., T, D={}]" if name == "x" else "[..., S, D={}]"
+        raise ValueError(
+            f"attention.apply: {name} must be {axes.format(config.d_model)}, got {x.shape}; D is config.d_model."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"attention.apply: {name} must be floating point, got {x.dtype}; embed tokens first.")
+
+
+def _check_params(params: Params, config: Config) -> None:
+    d, n, k, h, hv = config.d_model, config.num_heads, config.kv_heads, config.width, config.value_width
+    expected = {
+        "w_q": ("[N, D, H]", (n, d, h)), "w_k": ("[K, D, H]", (k, d, h)),
+        "w_v": ("[K, D, Hv]", (k, d, hv)), "w_o": ("[N, Hv, D]", (n, hv, d)),
+    }  # fmt: skip
+    for name, (axes, shape) in expected.items():
+        got = getattr(params, name).shape
+        if got != shape:
+            raise ValueError(
+                f"attention.apply: params.{name} must be {axes} = {shape}, got {got}; "
+                "params and config do not belong together."
+            )
+
+
+def _check_options(config, x, gates, dropout_rate, dropout_key, capture) -> None:
+    if gates is not None and (gates.shape[-1:] != (config.num_heads,) or gates.shape[:-1] not in ((), x.shape[:-2])):
+        raise ValueError(
+            f"attention.apply: gates must be [N] = ({config.num_heads},) or [..., N] = "
+            f"{(*x.shape[:-2], config.num_heads)}, got {gates.shape}."
+        )
+    dropout.check_rate("attention.apply", "dropout_rate", dropout_rate)
+    if dropout_rate and dropout_key is None:
+        raise ValueError(
+            f"attention.apply: dropout_rate={dropout_rate} needs dropout_key, a PRNG key; "
+            "for evaluation leave dropout_rate out."
+        )
+    unknown = [name for name in capture if name not in CAPTURES]
+    if unknown:
+        raise ValueError(f"attention.apply_captured: capture must name any of {', '.join(CAPTURES)}; got {unknown}.")

@@ -1,0 +1,161 @@
+"""One layer: attention, attention to a memory if there is one, feed-forward; each normalised before, added after.
+
+References:
+  Vaswani et al. 2017, section 3.1, with the normalisation before each part as in Xiong et al. 2020, "On Layer
+  Normalization in the Transformer Architecture".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+
+from mhajax import attention, mlp, norm
+from mhajax import cache as caches
+from mhajax.attention import KeysValues
+from mhajax.cache import Cache
+from mhajax.dropout import check_rate, dropout
+from mhajax.masks import Mask, tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(attention.Config, mlp.Config):
+    """A layer: an attention's shape and a feed-forward network's, and what joins them.
+
+    Attributes:
+      norm: "rms" or "layer".
+      dropout: share of each part's output that is dropped before it is added.
+      attention_dropout: share of the attention weights that is dropped.
+    """
+
+    norm: norm.Kind = "rms"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def __post_init__(self):
+        attention.Config.__post_init__(self)
+        mlp.Config.__post_init__(self)
+        check_rate("block.Config", "dropout", self.dropout)
+        check_rate("block.Config", "attention_dropout", self.attention_dropout)
+
+
+class Params(NamedTuple):
+    """The parameters of the parts; the two of cross attention are None in a layer without memory."""
+
+    attention_norm: norm.Params
+    attention: attention.Params
+    cross_norm: norm.Params | None
+    cross: attention.Params | None
+    mlp_norm: norm.Params
+    mlp: mlp.Params
+
+
+class Gates(NamedTuple):
+    """A factor for every head's output: [N] or [..., N], None for 1."""
+
+    attention: Array | None = None
+    cross: Array | None = None
+
+
+class Seen(NamedTuple):
+    """What was captured in the two attentions."""
+
+    attention: dict[str, Array]
+    cross: dict[str, Array]
+
+
+def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
+    """Parameters of a layer; `cross` adds attention to a memory."""
+    key_attention, key_cross, key_mlp = jax.random.split(key, 3)
+    new_norm = partial(norm.init_params, config.d_model, config.norm)
+    return Params(
+        new_norm(),
+        attention.init_params(key_attention, config),
+        new_norm() if cross else None,
+        attention.init_params(key_cross, config) if cross else None,
+        new_norm(),
+        mlp.init_params(key_mlp, config),
+    )
+
+
+def apply(params: Params, x: Array, config: Config, **options: Any) -> Array:
+    """One layer, [..., T, D] to [..., T, D]. The options are those of `run`."""
+    return run(params, x, config, **options)[0]
+
+
+def run(
+    params: Params,
+    x: Array,
+    config: Config,
+    *,
+    memory: Array | KeysValues | None = None,
+    mask: Mask | None = None,
+    memory_mask: Mask | None = None,
+    positions: Array | None = None,
+    rotate: Callable[[Array, Array], Array] | None = None,
+    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+    cache: Cache | None = None,
+    capture: Sequence[str] = (),
+    dropout_key: Array | None = None,
+) -> tuple[Array, Cache | None, Seen]:
+    """One layer, with its new cache and what was captured.
+
+    Args:
+      params: from `init_params`.
+      x: [..., T, D].
+      config: the shape; static under jit.
+      memory: [..., S, D], or its keys and values; needs parameters with cross attention.
+      mask: for the attention to x (and to the cache).
+      memory_mask: for the attention to the memory.
+      positions: [T] or [..., T].
+      rotate: for queries and keys of the attention to x; a memory is not rotated.
+      gates: factors of the heads' outputs.
+      cache: keys and values of earlier tokens; x is appended and attends to all of it. Its mask must hide the slots
+        that are still empty, as `masks.causal()` does.
+      capture: names of `attention.CAPTURES`.
+      dropout_key: PRNG key; None is evaluation.
+
+    Returns:
+      [..., T, D], the cache with x appended (None without a cache), and the captured arrays.
+    """
+    if (memory is None) != (params.cross is None):
+        raise ValueError(
+            f"block.apply: memory is {'missing' if memory is None else 'given'}, but params have "
+            f"{'no ' if params.cross is None else ''}cross attention; init_params(…, cross=True) makes it."
+        )
+    keys = [None] * 5 if dropout_key is None else jax.random.split(dropout_key, 5)
+    weights_rate = 0.0 if dropout_key is None else config.attention_dropout
+
+    y = norm.apply(params.attention_norm, x)
+    answers = attention.keys_values(
+        params.attention, y, config, positions=positions, rotate=rotate, masked=mask is not None
+    )
+    places = tokens(x.shape[-2], positions)
+    if cache is not None:
+        cache = caches.append(cache, answers)
+        answers, places = KeysValues(cache.k, cache.v), tokens(cache.capacity)
+    y, seen = attention.apply_to(
+        params.attention, y, answers, config,
+        mask=mask, positions=positions, keys=places, rotate=rotate, gates=gates.attention,
+        dropout_rate=weights_rate, dropout_key=keys[0], capture=capture,
+    )  # fmt: skip
+    x = x + dropout(y, config.dropout, keys[1])
+
+    seen_across = {}
+    if params.cross is not None and params.cross_norm is not None:
+        if not isinstance(memory, KeysValues):
+            memory = attention.keys_values(params.cross, memory, config, masked=memory_mask is not None)
+        y, seen_across = attention.apply_to(
+            params.cross, norm.apply(params.cross_norm, x), memory, config,
+            mask=memory_mask, gates=gates.cross,
+            dropout_rate=weights_rate, dropout_key=keys[2], capture=capture,
+        )  # fmt: skip
+        x = x + dropout(y, config.dropout, keys[3])
+
+    y = mlp.apply(params.mlp, norm.apply(params.mlp_norm, x), config)
+    return x + dropout(y, config.dropout, keys[4]), cache, Seen(seen, seen_across)

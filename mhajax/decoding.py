@@ -1,0 +1,177 @@
+"""Text out of a model that predicts the next token. It knows no model, only a step:
+
+    step(tokens [B], cache) → (logits [B, V], cache)
+
+All functions can be jitted; lengths are static, texts that end early are filled up with the token that ends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Cache = Any
+Step = Callable[[Array, Cache], tuple[Array, Cache]]
+Choose = Callable[[Array, Array], Array]
+
+
+def greedy(logits: Array, key: Array) -> Array:
+    """The most likely token; [B, V] to [B]. The key is not used."""
+    del key
+    return jnp.argmax(logits, axis=-1)
+
+
+def sampler(*, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Choose:
+    """A function (logits [B, V], key) → tokens [B] that draws at random.
+
+    Args:
+      temperature: logits are divided by it; towards 0 it becomes greedy.
+      top_k: only the k most likely tokens; None is all.
+      top_p: only the most likely tokens that together have at least this probability (after the temperature).
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    References:
+      Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p); Fan et al. 2018 (top-k).
+    """
+    if temperature <= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+        raise ValueError(
+            "decoding.sampler: temperature must be above 0, top_p in (0, 1], top_k at least 1 or None, got "
+            f"temperature={temperature}, top_p={top_p}, top_k={top_k}; for temperature 0 use decoding.greedy."
+        )
+
+    def choose(logits: Array, key: Array) -> Array:
+        logits = logits / temperature
+        if top_k is not None and top_k < logits.shape[-1]:
+            least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if top_p < 1:
+            falling = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+            probability = jax.nn.softmax(falling, axis=-1)
+            needed = jnp.cumsum(probability, axis=-1) - probability < top_p  # the mass before it is not yet enough
+            least = jnp.min(jnp.where(needed, falling, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return jax.random.categorical(key, logits, axis=-1)
+
+    return choose
+
+
+def generate(
+    step: Step, cache: Cache, first: Array, choose: Choose, key: Array, *, length: int, end: int | None = None
+) -> Array:
+    """Token after token.
+
+    Args:
+      step: the model.
+      cache: what it has seen before `first`.
+      first: the tokens to go on from, [B].
+      choose: `greedy`, a `sampler(…)`, or any function (logits [B, V], key) → tokens [B].
+      key: PRNG key.
+      length: tokens to make.
+      end: the token after which a text is over; None: never.
+
+    Returns:
+      Tokens [B, length]; after `end` only `end`. Stops early when all texts are over.
+    """
+    tokens = jnp.zeros((first.shape[0], length), first.dtype) if end is None else jnp.full(
+        (first.shape[0], length), end, first.dtype
+    )  # fmt: skip
+
+    def unfinished(state: tuple) -> Array:
+        t, _, _, over, _ = state
+        return (t < length) & ~jnp.all(over)
+
+    def one_more(state: tuple) -> tuple:
+        t, last, cache, over, tokens = state
+        logits, cache = step(last, cache)
+        token = choose(logits, jax.random.fold_in(key, t)).astype(first.dtype)
+        if end is not None:
+            token = jnp.where(over, end, token)
+            over = over | (token == end)
+        return t + 1, token, cache, over, tokens.at[:, t].set(token)
+
+    start = (jnp.int32(0), first, cache, jnp.zeros(first.shape, bool), tokens)
+    return jax.lax.while_loop(unfinished, one_more, start)[-1]
+
+
+class Beam(NamedTuple):
+    """The k best texts of every example, best first."""
+
+    tokens: Array  # [B, k, length], after the end only the end
+    scores: Array  # [B, k], log-probability / length penalty; -inf where fewer than k were found
+
+
+def beam_search(
+    step: Step,
+    select: Callable[[Cache, Array], Cache],
+    cache: Cache,
+    first: Array,
+    *,
+    beams: int,
+    length: int,
+    end: int,
+    length_penalty: float = 1.0,
+) -> Beam:
+    """The most likely texts, as far as k alternatives at a time can tell.
+
+    Texts that are over are ranked by log-probability / ((5 + number of tokens) / 6)^length_penalty. An example stops when
+    no text under way can still beat its k finished ones.
+
+    Args:
+      step: the model, for B·k rows: the k texts of an example are neighbours.
+      select: (cache, rows [B·k]) → the cache of those rows; rows move only among the k of one example.
+      cache: of B·k rows (every example repeated k times), what was seen before `first`.
+      first: the tokens to go on from, [B].
+      beams: k.
+      length: longest text, the end included; what is not over by then counts as over.
+      end: the token after which a text is over.
+      length_penalty: 0 prefers short texts, 1 is about neutral.
+
+    References:
+      Wu et al. 2016, "Google's Neural Machine Translation System", section 7 (length normalisation).
+    """
+    batch = first.shape[0]
+    penalty = lambda count: ((5.0 + count) / 6.0) ** length_penalty  # noqa: E731
+    pick = partial(jnp.take_along_axis, axis=1)
+
+    def unfinished(state: tuple) -> Array:
+        t, _, _, alive_scores, _, done_scores, _ = state
+        hope = alive_scores[:, 0] / penalty(length)  # log-probabilities only fall: the best that can still come
+        return (t < length) & jnp.any(hope > done_scores[:, -1])
+
+    def one_more(state: tuple) -> tuple:
+        t, last, alive, alive_scores, done, done_scores, cache = state
+        logits, cache = step(last.reshape(-1), cache)
+        vocabulary = logits.shape[-1]
+        log_p = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, beams, vocabulary)
+        scores = (alive_scores[..., None] + log_p).reshape(batch, -1)
+        # 2k candidates hold at least k that are not over, because each text has one continuation that ends it.
+        scores, places = jax.lax.top_k(scores, 2 * beams)
+        parents, tokens = places // vocabulary, (places % vocabulary).astype(first.dtype)
+        texts = pick(alive, parents[..., None]).at[:, :, t].set(tokens)
+        over = (tokens == end) | (t == length - 1)
+
+        alive_scores, chosen = jax.lax.top_k(jnp.where(over, -jnp.inf, scores), beams)
+        rows = jnp.arange(batch)[:, None] * beams + pick(parents, chosen)
+        ended = jnp.where(over, scores / penalty(t + 1.0), -jnp.inf)
+        done_scores, best = jax.lax.top_k(jnp.concatenate([done_scores, ended], axis=1), beams)
+        done = pick(jnp.concatenate([done, texts], axis=1), best[..., None])
+        return (
+            t + 1, pick(tokens, chosen), pick(texts, chosen[..., None]), alive_scores,
+            done, done_scores, select(cache, rows.reshape(-1)),
+        )  # fmt: skip
+
+    texts = jnp.full((batch, beams, length), end, first.dtype)
+    alive_scores = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (batch, beams))
+    start = (
+        jnp.int32(0), jnp.broadcast_to(first[:, None], (batch, beams)), texts, alive_scores,
+        texts, jnp.full((batch, beams), -jnp.inf), cache,
+    )  # fmt: skip
+    *_, done, done_scores, _ = jax.lax.while_loop(unfinished, one_more, start)
+    return Beam(done, done_scores)

@@ -1,0 +1,37 @@
+"""Tokens in, logits out: one table for both, as in Press & Wolf 2017, "Using the Output Embedding"."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mhajax import positions as places
+
+Positions = Literal["rotary", "sinusoidal", "none"]
+
+
+def init_params(key: Array, vocab_size: int, width: int) -> Array:
+    """A table [V, D] whose rows have unit length on average."""
+    return jax.random.normal(key, (vocab_size, width)) * width**-0.5
+
+
+def embed(table: Array, tokens: Array, positions: Array, kind: Positions) -> Array:
+    """The vectors of tokens [..., T], scaled to unit variance: [..., T, D]; with sinusoids added if `kind` says so."""
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"embedding.embed: tokens must be integers [..., T], got {tokens.dtype} {tokens.shape}.")
+    width = table.shape[-1]
+    x = table[tokens] * width**0.5
+    return x + places.sinusoids(positions, width).astype(x.dtype) if kind == "sinusoidal" else x
+
+
+def logits(table: Array, features: Array) -> Array:
+    """Similarity of features [..., D] to every row of the table: float32 [..., V]."""
+    return jnp.einsum("...d,vd->...v", features, table.astype(features.dtype), preferred_element_type=jnp.float32)
+
+
+def rotation(kind: Positions):
+    """The function that attention applies to queries and keys, or None."""
+    return places.rotary if kind == "rotary" else None

@@ -1,0 +1,1 @@
+"""Measures of heads: arrays in, arrays out; they know no model."""

@@ -1,0 +1,139 @@
+"""How far predictions are from the words that came."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+class Sums(NamedTuple):
+    """Sums over tokens, so that batches can be added before anything is divided.
+
+    Attributes:
+      loss: what is trained on, nats, label smoothing included.
+      cross_entropy: -log p(target), nats.
+      correct: targets that had the highest logit.
+      weight: sum of the weights.
+    """
+
+    loss: Array
+    cross_entropy: Array
+    correct: Array
+    weight: Array
+
+
+def linear_cross_entropy(
+    features: Array,
+    table: Array,
+    targets: Array,
+    weights: Array | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    chunk: int = 512,
+) -> Sums:
+    """Cross-entropy of the logits `features tableᵀ`, without ever holding the logits of all tokens.
+
+    Loss and gradient of `chunk` tokens at a time are computed together, so memory is chunk × V, and the logits are
+    computed once, not again in the backward pass.
+
+    Args:
+      features: [..., D].
+      table: [V, D].
+      targets: integers [...].
+      weights: of every token, [...]; 0 for padding. None is 1.
+      label_smoothing: ε: the target has probability 1 - ε + ε/V, every other word ε/V.
+      chunk: tokens at a time.
+
+    Returns:
+      Float32 sums over all tokens. Only `loss` has a gradient, with respect to features and table.
+
+    Raises:
+      ValueError: if the shapes do not fit or ε is not in [0, 1).
+
+    References:
+      Label smoothing: Szegedy et al. 2016, section 7.
+    """
+    if features.shape[:-1] != targets.shape or features.shape[-1] != table.shape[-1]:
+        raise ValueError(
+            "losses.linear_cross_entropy: features [..., D], targets [...] and table [V, D] must fit, got "
+            f"{features.shape}, {targets.shape} and {table.shape}."
+        )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"losses.linear_cross_entropy: label_smoothing must be in [0, 1), got {label_smoothing}.")
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
+    count = targets.size
+    chunk = min(chunk, count)
+    padding = -count % chunk
+
+    def chunks(a: Array, *width: int) -> Array:
+        flat = a.reshape(count, *width)
+        return jnp.pad(flat, ((0, padding), *((0, 0) for _ in width))).reshape(-1, chunk, *width)
+
+    return Sums(
+        *_chunked(
+            float(label_smoothing), chunks(features, features.shape[-1]), table, chunks(targets), chunks(weights)
+        )
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(smoothing, features, table, targets, weights):
+    def one_chunk(sums, chunk):
+        return jax.tree.map(jnp.add, sums, _sums(smoothing, _logits(chunk[0], table), *chunk[1:])), None
+
+    return jax.lax.scan(one_chunk, (jnp.float32(0),) * 4, (features, targets, weights))[0]
+
+
+def _logits(features, table):
+    return jnp.einsum("md,vd->mv", features, table, preferred_element_type=jnp.float32)
+
+
+def _sums(smoothing, logits, targets, weights):
+    top = jnp.max(logits, axis=-1)
+    log_sum = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    cross_entropy = log_sum - target
+    loss = cross_entropy
+    if smoothing:
+        loss = (1 - smoothing) * cross_entropy + smoothing * (log_sum - jnp.mean(logits, axis=-1))
+    correct = (target >= top).astype(jnp.float32)
+    return tuple(jnp.sum(weights * a) for a in (loss, cross_entropy, correct)) + (jnp.sum(weights),)
+
+
+def _forward(smoothing, features, table, targets, weights):
+    def one_chunk(carry, chunk):
+        sums, d_table = carry
+        f, y, w = chunk
+        logits = _logits(f, table)
+        new = _sums(smoothing, logits, y, w)
+        probability = jax.nn.softmax(logits, axis=-1)
+        is_target = y[:, None] == jnp.arange(table.shape[0])
+        wanted = jnp.where(is_target, 1 - smoothing, 0.0) + smoothing / table.shape[0]
+        d_logits = (w[:, None] * (probability - wanted)).astype(f.dtype)
+        # A product whose left side is transposed is slow on CPU: turn the thin side, not the wide one.
+        turned = jax.lax.optimization_barrier(f.T)  # [D, chunk]
+        d_table = d_table + jnp.einsum("dm,mv->dv", turned, d_logits, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, new), d_table), d_logits @ table.astype(f.dtype)
+
+    start = ((jnp.float32(0),) * 4, jnp.zeros(table.shape[::-1], jnp.float32))
+    (sums, d_table), d_features = jax.lax.scan(one_chunk, start, (features, targets, weights))
+    return sums, (d_features, d_table.T.astype(table.dtype), targets)
+
+
+def _backward(smoothing, kept, cotangents):
+    d_features, d_table, targets = kept
+    scale = cotangents[0]
+    return (
+        (scale * d_features).astype(d_features.dtype),
+        (scale * d_table).astype(d_table.dtype),
+        np.zeros(targets.shape, jax.dtypes.float0),
+        jnp.zeros(targets.shape, jnp.float32),
+    )
+
+
+_chunked.defvjp(_forward, _backward)

@@ -1,0 +1,76 @@
+"""The position-wise feed-forward network between two attentions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+_ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swiglu": jax.nn.silu}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The shape of the network.
+
+    Attributes:
+      d_model: D, width of input and output.
+      d_ff: width of the hidden layer. None: 4 D.
+      activation: "relu", "gelu", or "swiglu", which multiplies silu of one projection by a second one.
+    """
+
+    d_model: int
+    d_ff: int | None = None
+    activation: Literal["relu", "gelu", "swiglu"] = "gelu"
+
+    def __post_init__(self):
+        for name in ("d_model", "d_ff"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}.")
+
+    @property
+    def hidden(self) -> int:
+        """Width of the hidden layer."""
+        return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+
+class Params(NamedTuple):
+    """Weights and biases; w_gate only for a gated activation."""
+
+    w_in: Array  # [D, F]
+    b_in: Array  # [F]
+    w_out: Array  # [F, D]
+    b_out: Array  # [D]
+    w_gate: Array | None = None  # [D, F]
+
+
+def init_params(key: Array, config: Config) -> Params:
+    """Normal weights of variance 1/fan_in, zero biases."""
+    key_in, key_out, key_gate = jax.random.split(key, 3)
+    d, f = config.d_model, config.hidden
+    return Params(
+        jax.random.normal(key_in, (d, f)) * d**-0.5,
+        jnp.zeros(f),
+        jax.random.normal(key_out, (f, d)) * f**-0.5,
+        jnp.zeros(d),
+        jax.random.normal(key_gate, (d, f)) * d**-0.5 if config.activation == "swiglu" else None,
+    )
+
+
+def apply(params: Params, x: Array, config: Config) -> Array:
+    """activation(x w_in + b_in) w_out + b_out for every token, [..., D] to [..., D].
+
+    References:
+      Vaswani et al. 2017, section 3.3; gated: Shazeer 2020, "GLU Variants Improve Transformer".
+    """
+    params = jax.tree.map(lambda w: w.astype(x.dtype), params)
+    hidden = _ACTIVATIONS[config.activation](x @ params.w_in + params.b_in)
+    if params.w_gate is not None:
+        hidden = hidden * (x @ params.w_gate)
+    return hidden @ params.w_out + params.b_out

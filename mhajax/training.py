@@ -1,0 +1,409 @@
+"""Training with Optax: a state, a step, a loop. It knows no model, only functions that make and judge parameters.
+
+    optimizer = training.optimizer(config)
+    state = training.init(init_params, optimizer, config)
+    step = training.make_step(loss, optimizer, config)
+    state = training.fit(state, step, batches, config, evaluate=…, checkpoints=…)
+
+Everything has a leading axis of seeds: `seeds = n` trains n models in one program. A run is a function of its config
+alone: the batches and the dropout of a step are computed from the seed and the step's number, so a run that was killed
+and goes on from its checkpoint ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+Params = Any
+Batch = Any
+Metrics = dict[str, Any]
+Loss = Callable[[Params, Batch, Array], tuple[Array, dict[str, Array]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How to train.
+
+    Attributes:
+      seed: of everything random: parameters, order of the data, dropout.
+      seeds: number of models trained side by side, with seeds seed, seed + 1, …; all see the same batches.
+      steps: batches to train on.
+      accumulate: batches whose gradients are averaged before the parameters change.
+      optimizer: "adamw", "adam", "sgd" (momentum beta1) or "lion".
+      learning_rate: at its highest.
+      schedule: how the learning rate falls after the warm-up: "cosine" or "linear" to zero at the last step,
+        "inverse_sqrt" (Vaswani 2017, section 5.3), or "constant".
+      warmup_steps: batches over which the learning rate rises from zero.
+      weight_decay: decoupled, for arrays with two axes or more.
+      beta1, beta2: decay of the first and second moment.
+      clip_norm: gradients with a larger global norm are scaled down to it. 0: none.
+      label_smoothing: probability mass given to all words, for losses that use it.
+      average_decay: evaluation uses an exponential average of the parameters with this decay per update. 0: none.
+      log_every: batches between two reports of progress.
+      evaluate_every: batches between two evaluations.
+      checkpoint_every: batches between two checkpoints.
+    """
+
+    seed: int = 0
+    seeds: int = 1
+    steps: int = 1000
+    accumulate: int = 1
+    optimizer: Literal["adamw", "adam", "sgd", "lion"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip_norm: float = 1.0
+    label_smoothing: float = 0.0
+    average_decay: float = 0.0
+    log_every: int = 20
+    evaluate_every: int = 500
+    checkpoint_every: int = 500
+
+    def __post_init__(self):
+        for name in ("seeds", "steps", "accumulate", "log_every", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("seed", "warmup_steps", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("beta1", "beta2", "label_smoothing", "average_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps must be below steps, got warmup_steps={self.warmup_steps} and steps={self.steps}; "
+                "the learning rate would never reach its value."
+            )
+
+
+class State(NamedTuple):
+    """All that changes in training; every leaf but `step` has a leading axis of seeds."""
+
+    step: Array  # [], int32, batches seen
+    params: Params
+    optimizer: optax.OptState
+    average: Params | None
+
+    @property
+    def evaluated(self) -> Params:
+        """The parameters to evaluate: the average if there is one."""
+        return self.params if self.average is None else self.average
+
+
+class NonFinite(ArithmeticError):
+    """A loss or a gradient became NaN or infinite."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop (Ctrl-C, SIGTERM); the state is saved."""
+
+
+def schedule(config: Config) -> optax.Schedule:
+    """Learning rate by number of updates: a linear rise, then the fall that the config names."""
+    updates = max(config.steps // config.accumulate, 1)
+    warmup = config.warmup_steps // config.accumulate
+    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    rest = max(updates - warmup, 1)
+    fall = {
+        "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, rest),
+        "linear": lambda: optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "inverse_sqrt": lambda: lambda count: config.learning_rate * (max(warmup, 1) / (count + max(warmup, 1))) ** 0.5,
+        "constant": lambda: optax.constant_schedule(config.learning_rate),
+    }[config.schedule]()
+    return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
+
+
+def optimizer(config: Config) -> optax.GradientTransformation:
+    """The Optax transformation that the config describes."""
+    rate = schedule(config)
+    decayed = lambda params: jax.tree.map(lambda w: w.ndim > 1, params)  # noqa: E731
+    update = {
+        "adamw": lambda: optax.adamw(
+            rate, config.beta1, config.beta2, eps=1e-9, weight_decay=config.weight_decay, mask=decayed
+        ),
+        "adam": lambda: optax.adam(rate, config.beta1, config.beta2, eps=1e-9),
+        "sgd": lambda: optax.sgd(rate, momentum=config.beta1),
+        "lion": lambda: optax.lion(
+            rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed
+        ),
+    }[config.optimizer]()
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    chain = optax.chain(clip, update)
+    return chain if config.accumulate == 1 else optax.MultiSteps(chain, config.accumulate).gradient_transformation()
+
+
+def init(
+    init_params: Callable[[Array], Params], optimizer: optax.GradientTransformation, config: Config
+) -> State:
+    """The state before the first batch: for each seed, `init_params(key)` and a fresh optimiser."""
+    keys = jnp.stack([jax.random.key(config.seed + i) for i in range(config.seeds)])
+
+    @jax.jit
+    def build(keys: Array) -> State:
+        params = _over_seeds(init_params, config)(keys)
+        opt_state = _over_seeds(optimizer.init, config)(params)
+        average = jax.tree.map(jnp.copy, params) if config.average_decay else None
+        return State(jnp.int32(0), params, opt_state, average)
+
+    return build(keys)
+
+
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, config: Config
+) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
+    """The compiled step: one batch, every seed.
+
+    Args:
+      loss: (params, batch, key) → (loss, {name: number}) for one seed; the key is for dropout.
+      optimizer: from `optimizer`, or any Optax transformation.
+      config: how to train.
+
+    Returns:
+      A jitted function (state, batch) → (state, metrics [seeds]), which consumes its state (its buffers are donated).
+      It compiles once for each shape of batch.
+    """
+    seeds = jnp.arange(config.seeds)
+
+    def one_seed(params, opt_state, average, seed, step, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed + seed), step)
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if average is not None:
+            count = (step + 1) // config.accumulate
+            # Early on the average follows the parameters, so that it does not remember their random start.
+            decay = jnp.minimum(config.average_decay, (1 + count) / (10 + count))
+            moved = (step + 1) % config.accumulate == 0
+            average = optax.incremental_update(params, average, jnp.where(moved, 1 - decay, 0.0))
+        metrics = {"loss": value, **metrics, "gradient_norm": optax.global_norm(gradient)}
+        return params, opt_state, average, metrics
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+        run = _over_seeds(partial(one_seed, step=state.step, batch=batch), config)
+        params, opt_state, average, metrics = run(state.params, state.optimizer, state.average, seeds)
+        return State(state.step + 1, params, opt_state, average), metrics
+
+    return step
+
+
+def fit(
+    state: State,
+    step: Callable[[State, Batch], tuple[State, dict[str, Array]]],
+    batches: Callable[[int], Iterable[Batch]],
+    config: Config,
+    *,
+    evaluate: Callable[[Params], Metrics] | None = None,
+    checkpoints: Checkpoints | None = None,
+    record: Callable[[list[Metrics]], None] = lambda lines: None,
+) -> State:
+    """Train until `config.steps`, from wherever the state is.
+
+    Args:
+      state: from `init`, or from a checkpoint.
+      step: from `make_step`.
+      batches: number of batches seen → the batches that follow.
+      config: how to train.
+      evaluate: evaluated parameters [seeds, ...] → numbers; "score" among them, higher is better, keeps the best.
+      checkpoints: where to save; None saves nothing.
+      record: called every `log_every` batches with a dict for each batch since, and after each evaluation with one.
+
+    Returns:
+      The last state.
+
+    Raises:
+      NonFinite: a loss or gradient is not finite; the checkpoint before it is whole.
+      Interrupted: after SIGINT or SIGTERM, once the state is saved.
+    """
+    done = int(state.step)
+    pending: list[tuple[int, dict[str, Array]]] = []
+
+    def report() -> None:
+        lines = [{"step": number, **_numbers(metrics)} for number, metrics in pending]
+        pending.clear()
+        for line in lines:
+            if not all(np.all(np.isfinite(line[name])) for name in ("loss", "gradient_norm")):
+                raise NonFinite(_non_finite_message(line, checkpoints))
+        if lines:
+            record(lines)
+
+    with _stop_signals() as stop:
+        stream: Iterator[Batch] = iter(batches(done))
+        while done < config.steps:
+            state, metrics = step(state, next(stream))
+            done += 1
+            pending.append((done, metrics))
+            last = done == config.steps
+            if last or stop or done % config.log_every == 0:
+                report()
+            best = False
+            if evaluate is not None and (last or done % config.evaluate_every == 0):
+                report()
+                result = evaluate(state.evaluated)
+                record([{"step": done, **result}])
+                best = checkpoints is not None and checkpoints.offer(state, float(np.mean(result.get("score", 0.0))))
+            if checkpoints is not None and (last or stop or best or done % config.checkpoint_every == 0):
+                report()
+                checkpoints.save(state)
+            if stop and not last:
+                raise Interrupted(f"stopped by {stop[0]} after batch {done} of {config.steps}; the state is saved.")
+    return state
+
+
+class Checkpoints:
+    """The latest state and the best parameters of a run, on disk, each written whole or not at all (Orbax)."""
+
+    def __init__(self, folder: Path | str):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self.folder = Path(folder).absolute()
+        self._latest = self._manager("latest")
+        self._best = self._manager("best")
+
+    def _manager(self, name: str):
+        options = self._ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, create=True)
+        return self._ocp.CheckpointManager(self.folder / name, options=options)
+
+    def latest_step(self) -> int | None:
+        """Batches seen by the latest state; None if nothing was saved."""
+        return self._latest.latest_step()
+
+    def save(self, state: State) -> None:
+        """Keep this state as the latest."""
+        step = int(state.step)
+        if self.latest_step() != step:
+            self._latest.save(step, args=self._ocp.args.StandardSave(state._asdict()))
+
+    def restore(self, like: State) -> State:
+        """The latest state.
+
+        Args:
+          like: a state of the same shapes.
+
+        Raises:
+          ValueError: if the saved arrays have other shapes: the checkpoint belongs to another config.
+        """
+        step = self.latest_step()
+        self._check_shapes(self._latest, step, like._asdict())
+        return State(**self._latest.restore(step, args=self._ocp.args.StandardRestore(_abstract(like._asdict()))))
+
+    def offer(self, state: State, score: float) -> bool:
+        """Keep the evaluated parameters if the score is higher than all before; whether they were kept.
+
+        A run that was killed may have kept parameters from after its latest state. They stay: the run will come by the
+        same bits again.
+        """
+        best = self.best_score()
+        step = int(state.step)
+        if best is not None and (best["step"] >= step or score <= best["score"]):
+            return False
+        saved = self._ocp.args.Composite(
+            params=self._ocp.args.StandardSave(state.evaluated),
+            score=self._ocp.args.JsonSave({"step": step, "score": score}),
+        )
+        self._best.save(step, args=saved)
+        return True
+
+    def best_score(self) -> dict[str, float] | None:
+        """Step and score of the best parameters; None if there are none."""
+        step = self._best.latest_step()
+        if step is None:
+            return None
+        return self._best.restore(step, args=self._ocp.args.Composite(score=self._ocp.args.JsonRestore()))["score"]
+
+    def best(self, like: Params) -> Params:
+        """The best parameters [seeds, ...], of the same shapes as `like`."""
+        args = self._ocp.args.Composite(params=self._ocp.args.StandardRestore(_abstract(like)))
+        return self._best.restore(self._best.latest_step(), args=args)["params"]
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._latest.close()
+        self._best.close()
+
+    def _check_shapes(self, manager, step: int, like: dict) -> None:
+        saved = manager.item_metadata(step)
+        saved = getattr(saved, "tree", saved)
+        shapes = lambda tree: {  # noqa: E731
+            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+            if hasattr(leaf, "shape")
+        }
+        have, want = sorted(shapes(saved).values()), sorted(shapes(like).values())
+        if have != want:
+            raise ValueError(
+                f"training.Checkpoints: {self.folder / 'latest'} holds {len(have)} arrays of other shapes than this "
+                f"model's {len(want)}; it was written with another config. Use that config, or another folder."
+            )
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def _over_seeds(function: Callable, config: Config) -> Callable:
+    """The function for every seed along axis 0. A single seed is not vmapped: batched products of one are slower."""
+    if config.seeds > 1:
+        return jax.vmap(function)
+
+    def single(*arguments):
+        out = function(*jax.tree.map(lambda a: a[0], arguments))
+        return jax.tree.map(lambda a: a[None], out)
+
+    return single
+
+
+def _numbers(metrics: dict[str, Array]) -> dict[str, Any]:
+    """Arrays [seeds] as lists of Python floats."""
+    return {name: np.asarray(value).astype(float).tolist() for name, value in jax.device_get(metrics).items()}
+
+
+def _non_finite_message(line: Metrics, checkpoints: Checkpoints | None) -> str:
+    numbers = json.dumps({name: line[name] for name in ("loss", "gradient_norm")})
+    saved = None if checkpoints is None else checkpoints.latest_step()
+    kept = "nothing was saved before" if saved is None else f"the last good state, after batch {saved}, is kept"
+    return (
+        f"training stopped at batch {line['step']}: {numbers} is not finite; {kept}. "
+        "Try a lower training.learning_rate, a longer training.warmup_steps, or training.clip_norm = 1.0."
+    )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[str]]:
+    """A list that is empty until SIGINT or SIGTERM comes; a second signal acts as it would have without this."""
+    received: list[str] = []
+    before: dict[int, Any] = {}
+
+    def on_signal(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere nothing is caught
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, on_signal)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+

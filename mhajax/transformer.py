@@ -1,0 +1,115 @@
+"""A stack of layers, scanned: the parameters of all layers are one pytree with a leading axis L, compiled once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mhajax import attention, block, norm
+from mhajax import cache as caches
+from mhajax.attention import KeysValues
+from mhajax.block import Gates, Seen
+from mhajax.cache import Cache
+
+
+class Params(NamedTuple):
+    """Layers stacked along a leading axis L, and the normalisation after the last."""
+
+    layers: block.Params  # every leaf [L, ...]
+    norm: norm.Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(block.Config):
+    """A stack.
+
+    Attributes:
+      num_layers: L.
+      unroll: layers per iteration of the compiled loop. 1 keeps compile time flat in depth; num_layers is fastest on a
+        CPU (no copies in and out of the stacked arrays) and changes no number.
+    """
+
+    num_layers: int
+    unroll: int = 1
+
+    def __post_init__(self):
+        block.Config.__post_init__(self)
+        for name in ("num_layers", "unroll"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
+    """Parameters of L layers, each from its own key; `cross` adds attention to a memory to each."""
+    one = partial(block.init_params, config=config, cross=cross)
+    layers = jax.vmap(one)(jax.random.split(key, config.num_layers))
+    return Params(layers, norm.init_params(config.d_model, config.norm))
+
+
+def init_cache(leading: tuple[int, ...], capacity: int, config: Config) -> Cache:
+    """Empty caches of all layers, every leaf [L, ...]."""
+    one = caches.init(leading, capacity, config)
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (config.num_layers, *a.shape)), one)
+
+
+def select(cache: Cache, rows: Array) -> Cache:
+    """The caches of these rows of the batch, in this order; rows may repeat. For inputs [B, T, D]."""
+    return Cache(cache.k[:, rows], cache.v[:, rows], cache.length)
+
+
+def keys_values(params: Params, memory: Array, config: Config, *, masked: bool = True) -> KeysValues:
+    """The memory projected to keys and values for every layer's cross attention, every leaf [L, ...]."""
+    project = partial(attention.keys_values, memory=memory, config=config, masked=masked)
+    return jax.vmap(project)(params.layers.cross)
+
+
+def apply(params: Params, x: Array, config: Config, **options: Any) -> Array:
+    """All layers and the last normalisation, [..., T, D] to [..., T, D]. The options are those of `run`."""
+    return run(params, x, config, **options)[0]
+
+
+def run(
+    params: Params,
+    x: Array,
+    config: Config,
+    *,
+    memory: Array | KeysValues | None = None,
+    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+    cache: Cache | None = None,
+    dropout_key: Array | None = None,
+    **options: Any,
+) -> tuple[Array, Cache | None, Seen]:
+    """All layers, with their new caches and what was captured.
+
+    Args:
+      params: from `init_params`.
+      x: [..., T, D].
+      config: the shape; static under jit.
+      memory: [..., S, D], shared by all layers, or keys and values of every layer [L, ...].
+      gates: [L, N] or [L, ..., N].
+      cache: from `init_cache`.
+      dropout_key: PRNG key; None is evaluation.
+      **options: mask, memory_mask, positions, rotate and capture as in `block.run`.
+
+    Returns:
+      [..., T, D], the caches [L, ...] (None without), and the captured arrays [L, ...].
+    """
+    keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
+    projected = memory if isinstance(memory, KeysValues) else None
+
+    def one_layer(x: Array, layer: tuple) -> tuple[Array, tuple]:
+        params, key, gates, cache, answers = layer
+        x, cache, seen = block.run(
+            params, x, config,
+            memory=memory if answers is None else answers, gates=gates, cache=cache, dropout_key=key, **options,
+        )  # fmt: skip
+        return x, (cache, seen)
+
+    layers = (params.layers, keys, gates, cache, projected)
+    x, (cache, seen) = jax.lax.scan(one_layer, x, layers, unroll=min(config.unroll, config.num_layers))
+    return norm.apply(params.norm, x), cache, seen

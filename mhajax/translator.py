@@ -1,0 +1,219 @@
+"""An encoder-decoder Transformer: a sentence in, its translation out, word by word.
+
+References:
+  Vaswani et al. 2017, section 3, with normalisation before each part and one table of embeddings for source, target and
+  logits (their section 3.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mhajax import block, embedding, masks, transformer
+from mhajax.attention import KeysValues
+from mhajax.cache import Cache
+from mhajax.dropout import dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(block.Config):
+    """Two stacks of the same layers, and the words.
+
+    Attributes:
+      encoder_layers: layers that read the source.
+      decoder_layers: layers that write the target; each also attends to the encoder's output.
+      unroll: as in `transformer.Config`.
+      vocab_size: V, of the vocabulary that both languages share. An experiment fills it in from its data.
+      positions: "rotary" (in the attentions of a text to itself), "sinusoidal" (added to the embedding) or "none".
+    """
+
+    encoder_layers: int
+    decoder_layers: int
+    unroll: int = 1
+    vocab_size: int | None = None
+    positions: embedding.Positions = "rotary"
+
+    def __post_init__(self):
+        block.Config.__post_init__(self)
+        for name in ("encoder_layers", "decoder_layers", "unroll"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    def stack(self, num_layers: int) -> transformer.Config:
+        """One of the two stacks."""
+        own = {"encoder_layers", "decoder_layers", "vocab_size", "positions"}
+        shared = {name: value for name, value in vars(self).items() if name not in own}
+        return transformer.Config(num_layers=num_layers, **shared)
+
+    @property
+    def encoder(self) -> transformer.Config:
+        """The stack that reads."""
+        return self.stack(self.encoder_layers)
+
+    @property
+    def decoder(self) -> transformer.Config:
+        """The stack that writes."""
+        return self.stack(self.decoder_layers)
+
+
+class Params(NamedTuple):
+    """The table of embeddings, which also gives the logits, and the two stacks."""
+
+    embedding: Array  # [V, D]
+    encoder: transformer.Params
+    decoder: transformer.Params
+
+
+class Gates(NamedTuple):
+    """A factor for every head's output, [L, N] or [L, ..., N]; None for 1."""
+
+    encoder: Array | None = None
+    decoder: Array | None = None
+    cross: Array | None = None
+
+
+class Seen(NamedTuple):
+    """What was captured: a dict with arrays [L, ...] for each of the three kinds of attention."""
+
+    encoder: dict[str, Array]
+    decoder: dict[str, Array]
+    cross: dict[str, Array]
+
+
+class State(NamedTuple):
+    """A translation under way: what the decoder has written, and what it can read."""
+
+    written: Cache  # [L, ...]
+    source: KeysValues  # [L, ...]
+    source_lengths: Array | None  # [...]
+
+
+def init_params(key: Array, config: Config) -> Params:
+    """Parameters of the model.
+
+    Raises:
+      ValueError: if config.vocab_size is not set.
+    """
+    if config.vocab_size is None:
+        raise ValueError("translator.init_params: config.vocab_size must be a number, got None; set it.")
+    key_embedding, key_encoder, key_decoder = jax.random.split(key, 3)
+    return Params(
+        embedding.init_params(key_embedding, config.vocab_size, config.d_model),
+        transformer.init_params(key_encoder, config.encoder),
+        transformer.init_params(key_decoder, config.decoder, cross=True),
+    )
+
+
+def apply(params: Params, source: Array, target: Array, config: Config, **options: Any) -> Array:
+    """Logits of the next target word at every place.
+
+    Args:
+      params: from `init_params`.
+      source: integers [..., S].
+      target: integers [..., T], beginning with the token that begins every sentence; place t sees target[: t + 1].
+      config: the shape; static under jit.
+      **options: source_lengths (integers [...], real tokens of every source; None is all), gates (`Gates`),
+        dropout_key.
+
+    Returns:
+      float32 [..., T, V].
+    """
+    return embedding.logits(params.embedding, features(params, source, target, config, **options))
+
+
+def apply_captured(
+    params: Params, source: Array, target: Array, config: Config, *, capture: Sequence[str] = ("weights",), **options
+) -> tuple[Array, Seen]:
+    """`apply`, and the arrays named in `attention.CAPTURES` of every layer, [L, ..., N, …]."""
+    x, seen = _run(params, source, target, config, capture=capture, **options)
+    return embedding.logits(params.embedding, x), seen
+
+
+def features(params: Params, source: Array, target: Array, config: Config, **options: Any) -> Array:
+    """What the logits are computed from, [..., T, D]: for losses that never hold [..., T, V]. Options as in `apply`."""
+    return _run(params, source, target, config, **options)[0]
+
+
+def begin(
+    params: Params, source: Array, capacity: int, config: Config, *, source_lengths: Array | None = None,
+    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+) -> State:  # fmt: skip
+    """Read the source [..., S] and make room for a translation of `capacity` tokens."""
+    memory, _ = _encode(params, source, config, source_lengths=source_lengths, gates=gates)
+    return State(
+        transformer.init_cache(source.shape[:-1], capacity, config.decoder),
+        transformer.keys_values(params.decoder, memory, config, masked=source_lengths is not None),
+        source_lengths,
+    )
+
+
+def extend(
+    params: Params, target: Array, state: State, config: Config, *,
+    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+) -> tuple[Array, State]:  # fmt: skip
+    """Logits [..., t, V] of t more target tokens [..., t], and the translation with them.
+
+    The logits equal those of `apply` on the whole target.
+    """
+    positions = state.written.length[0] + jnp.arange(target.shape[-1])
+    x, written, _ = _decode(
+        params, target, state.source, config,
+        source_lengths=state.source_lengths, positions=positions, cache=state.written, gates=gates,
+    )  # fmt: skip
+    return embedding.logits(params.embedding, x), state._replace(written=written)
+
+
+def _run(
+    params: Params, source: Array, target: Array, config: Config, *, source_lengths: Array | None = None,
+    gates: Gates = Gates(), dropout_key: Array | None = None, capture: Sequence[str] = (),  # noqa: B008
+) -> tuple[Array, Seen]:  # fmt: skip
+    if source.shape[:-1] != target.shape[:-1]:
+        raise ValueError(
+            "translator.apply: source [..., S] and target [..., T] must have the same leading axes, "
+            f"got {source.shape} and {target.shape}."
+        )
+    key_source, key_target = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    options = {"source_lengths": source_lengths, "gates": gates, "capture": capture}
+    memory, seen_source = _encode(params, source, config, dropout_key=key_source, **options)
+    x, _, seen = _decode(params, target, memory, config, dropout_key=key_target, **options)
+    return x, Seen(seen_source.attention, seen.attention, seen.cross)
+
+
+def _encode(params, source, config, *, source_lengths, gates, dropout_key=None, capture=()):
+    positions = jnp.arange(source.shape[-1])
+    x, key = _embed(params, source, positions, config, dropout_key)
+    x, _, seen = transformer.run(
+        params.encoder, x, config.encoder,
+        mask=_real(source_lengths), positions=positions, rotate=embedding.rotation(config.positions),
+        gates=block.Gates(gates.encoder), dropout_key=key, capture=capture,
+    )  # fmt: skip
+    return x, seen
+
+
+def _decode(
+    params, target, memory, config, *, source_lengths, gates, positions=None, cache=None, dropout_key=None, capture=()
+):
+    positions = jnp.arange(target.shape[-1]) if positions is None else positions
+    x, key = _embed(params, target, positions, config, dropout_key)
+    return transformer.run(
+        params.decoder, x, config.decoder,
+        memory=memory, mask=masks.causal(), memory_mask=_real(source_lengths), positions=positions,
+        rotate=embedding.rotation(config.positions), gates=block.Gates(gates.decoder, gates.cross),
+        cache=cache, dropout_key=key, capture=capture,
+    )  # fmt: skip
+
+
+def _embed(params, tokens, positions, config, dropout_key):
+    key_embedding, key_stack = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    x = embedding.embed(params.embedding, tokens, positions, config.positions)
+    return dropout(x, config.dropout, key_embedding), key_stack
+
+
+def _real(source_lengths: Array | None) -> masks.Mask | None:
+    return None if source_lengths is None else masks.lengths(source_lengths)
