@@ -284,6 +284,7 @@ class _Source:
     where: str
     schema: type
     overrides: Mapping[str, str]
+    trial: bool = False  # a value is only tried, so that its message needs no advice
 
     def error(self, path: str, message: str) -> ConfigError:
         touching = [text for key, text in self.overrides.items() if _within(path, key) or _within(key, path)]
@@ -398,10 +399,12 @@ def _wrong_type(value: Any, hint: Any, path: str, source: _Source) -> ConfigErro
     message = f"{path} must be {words}, got {_show(value)}"
     if isinstance(value, str) and value.lower() in ("none", "null") and _optional(hint):
         return source.error(path, f"{message}; TOML has no null: leave the key out instead.")
+    if source.trial:
+        return source.error(path, message)
     for text in _repairs(value):
         try:
-            _convert(tomllib.loads(f"x = {text}")["x"], hint, path, source)
-        except (ValueError, RecursionError, ConfigError):
+            _convert(tomllib.loads(f"x = {text}")["x"], hint, path, dataclasses.replace(source, trial=True))
+        except (ValueError, ConfigError):
             continue
         return source.error(path, f"{message}; write {source.line(path, text)}")
     return source.error(path, f"{message}; an example: {source.line(path, example)}")

@@ -109,10 +109,9 @@ def _template(module: Any) -> Any:
 
 def _params(module: Any) -> Any:
     """The module's parameters, made when it is initialised, in the form that the functions take."""
+    make = lambda key, name: to_dict(module.functions()(key))[name]  # noqa: E731
     template = _template(module)
-    made = to_dict(module.functions()(module.make_rng("params"))) if module.is_initializing() else {}
-    names = to_dict(template)
-    return from_dict({name: module.param(name, lambda _, name=name: made[name]) for name in names}, template)
+    return from_dict({name: module.param(name, make, name) for name in to_dict(template)}, template)
 
 
 def _dropout(module: Any, deterministic: bool) -> dict[str, Any]:

@@ -155,6 +155,7 @@ def test_a_server_that_ignores_ranges(server, tmp_path, quirk):
     part.write_bytes(LARGE[:1000])
     fetch("sample", tmp_path)
     assert contents(tmp_path / "sample") == WHOLE
+    assert len(server.requests) == (2 if quirk == "gives_ranges" else 3)  # a wrong range shows in the SHA-256
 
 
 @pytest.mark.parametrize("left", [b"another version", LARGE[:-1] + b"?", LARGE + b"?", LARGE])
@@ -169,18 +170,28 @@ def test_whatever_an_earlier_call_left(server, tmp_path, left):
 
 
 @pytest.mark.parametrize("content", [b"ONE\ntwo\n", b"<html>", SMALL + b"three\n" * 100_000])
-def test_wrong_content_is_set_aside(server, tmp_path, content):
+def test_wrong_content_is_set_aside(server, tmp_path, monkeypatch, content):
+    monkeypatch.setattr(fetching, "_CHUNK", 4)  # so that a piece ends where the file should
     server.contents["/small.txt"] = content
     with pytest.raises(DataError) as caught:
         fetch("sample", tmp_path)
     (bad,) = (tmp_path / "sample").iterdir()
-    assert bad.name == "small.txt.bad" and content.startswith(bad.read_bytes()) and len(bad.read_bytes()) >= 6
+    assert bad.name == "small.txt.bad" and content.startswith(bad.read_bytes()) and 6 <= bad.stat().st_size <= 12
     message = str(caught.value)
     assert f"expected SHA-256 {hashlib.sha256(SMALL).hexdigest()}" in message
     assert f"got {files.sha256(bad)}" in message and str(bad) in message
     server.contents["/small.txt"] = SMALL
     fetch("sample", tmp_path)
     assert (tmp_path / "sample" / "small.txt").read_bytes() == SMALL
+
+
+def test_a_published_file_that_became_shorter_than_the_part(server, tmp_path):
+    server.contents["/small.txt"] = b"one"
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "small.txt.part").write_bytes(SMALL[:5])
+    with pytest.raises(DataError, match=r"wrong content: .* \(3 bytes\)"):
+        fetch("sample", tmp_path)
+    assert contents(tmp_path / "sample") == {"small.txt.bad": b"one"}
 
 
 def test_a_damaged_file_is_set_aside_not_overwritten(server, tmp_path):

@@ -37,7 +37,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def characters():
-    return vocabulary.train([*CORPUS, "A:\n\tno\r\n  yes 😀\n"], Config("characters"))
+    return vocabulary.train([*CORPUS, "A:\n\n\tno\r\n  yes 😀\n"], Config("characters"))
 
 
 def odd_texts(count: int):
@@ -109,11 +109,11 @@ def test_bpe_of_a_tiny_corpus_is_smaller_than_asked():
 
 
 def test_characters_are_lossless(characters):
-    text = "A:\n\tno\r\n  yes 😀\n" + "".join(CORPUS[:4])
+    text = "A:\n\n\tno\r\n  yes 😀\n" + "".join(CORPUS[:4])
     ids = characters.encode(text)
     assert len(ids) == len(text) and UNK not in ids
     assert characters.decode(ids) == text
-    assert characters.size == 4 + len(set("".join(CORPUS) + "A:\n\tno\r\n  yes 😀\n"))
+    assert characters.size == 4 + len(set("".join(CORPUS) + "A:\n\n\tno\r\n  yes 😀\n"))
 
 
 def test_unknown_characters_and_words(characters, words):

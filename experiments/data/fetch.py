@@ -246,8 +246,6 @@ def _download(name: str, file: File, target: Path, report: Report) -> None:
 
 def _receive(name: str, file: File, part: Path, report: Report) -> None:
     """Asks for what `part` lacks until the server has no more to send; gives up when a request brings nothing."""
-    if _size(part) > file.size:
-        part.unlink()
     while (before := _size(part)) < file.size:
         failure: Exception | str = "the connection broke"
         try:
@@ -272,7 +270,7 @@ def _request(file: File, part: Path, report: Report) -> bool:
     have = _size(part)
     request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-        resumes = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        resumes = response.status == http.HTTPStatus.PARTIAL_CONTENT
         done = have if resumes else 0
         with part.open("ab" if resumes else "wb") as output:
             # one byte more than expected is enough to know that the content is wrong

@@ -419,8 +419,9 @@ class Writer:
         finite, rest = self.verb_group(verb, subject, order)
         adverb = translated(*self.pick(lexicon.MIDDLE_ADVERBS), "ADV") if self.chance(0.15) else NOTHING
 
-        # A phrase behind an object belongs to the clause: the object then has nothing of its own behind it.
-        located = self.chance(self.style.places)
+        # A phrase behind an object belongs to the clause: the object then has nothing of its own behind it. And none
+        # comes between "says" and "that", which would look like a relative pronoun there.
+        located = verb.frame != "that" and self.chance(self.style.places)
         fronted = located and order == "second" and front is None and self.chance(0.5)
         free = 0.0 if located and not fronted else modifiers
         objects: list[Phrase] = []
@@ -463,7 +464,7 @@ class Writer:
         (clauses,) = self.rng.choices((1, 2, 3, 4), self.style.clauses)
         draw = self.rng.random()
         if clauses > 1 and draw < 0.25:
-            chain = [self.clause_after_clause()]
+            chain = [self.inverted()]
         elif clauses > 1 and draw < 0.4:
             reported = self.clause("second", verb=self.pick(lexicon.verbs(("that",))))
             chain = [reported, self.subordinate(reported, ("that", "dass"))]
@@ -473,12 +474,12 @@ class Writer:
         for _ in range(clauses - (2 if draw < 0.4 else 1)):
             # Behind a subordinate clause "and" could continue that one, "but" reads as a new main clause.
             kind = self.rng.random()
-            conjunction = (
-                "" if kind < (0.4 if subordinated else 0.6) else "but" if subordinated or kind < 0.85 else "and"
-            )
-            subordinated = not conjunction
-            last = chain[-1]
-            chain.append(self.coordinate(last, conjunction) if conjunction else self.subordinate(last))
+            if kind < (0.4 if subordinated else 0.6):
+                chain.append(self.subordinate(chain[-1]))
+                subordinated = True
+            else:
+                chain.append(self.coordinate(chain[-1], "but" if subordinated or kind < 0.85 else "and"))
+                subordinated = False
         words = joined(*((clause.source, clause.target) for clause in chain))
         if self.ambiguity and self.ambiguity.noun not in self.waiting and self.waiting:
             return None
@@ -492,7 +493,7 @@ class Writer:
         source, target = translated(*conjunction, "CONJ")
         return clause._replace(source=source + clause.source, target=[Word(",", "PUNCT"), *target, *clause.target])
 
-    def clause_after_clause(self) -> Clause:
+    def inverted(self) -> Clause:
         """A main clause with a subordinate one in front: "because it is old , the dog sleeps"."""
         fronted = self.subordinate()
         words = joined((fronted.source, fronted.target[1:]), translated(",", ",", "PUNCT"))
