@@ -29,38 +29,40 @@ import tomllib
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from experiments.errors import ConfigError
-
-T = TypeVar("T")
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
 _EXAMPLES = {bool: "true", int: "8", float: "0.1", str: '"name"'}
 _TOML_TYPES = {bool: "boolean", int: "integer", float: "float", str: "string", list: "array", dict: "table"}
 
 
-def read(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
+def read(path: str | Path, schema: Any, overrides: Sequence[str] = ()) -> Any:
     """Reads a config file, applies the overrides and returns the checked config.
 
     Args:
       path: a TOML file in UTF-8.
-      schema: the dataclass of the whole file.
+      schema: the dataclass of the whole file, or a union of dataclasses of which the file's `kind` names one.
       overrides: TOML lines, `model.num_heads=8`; see `merge`.
 
     Raises:
       ConfigError: the file cannot be read, is not TOML, or does not fit the schema.
     """
-    table = merge(_load(Path(path)), overrides)
+    table = _load(Path(path))
+    try:
+        table = merge(table, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{path}, {error}") from None
     typed: dict[str, str] = {}
     for text in overrides:
         typed[".".join(_parse_override(text)[0])] = text  # of two for one key the last counts, as in merge
-    return _build(table, schema, _Source(str(path), schema, typed))
+    return _build(table, schema, str(path), typed)
 
 
-def build(table: dict, schema: type[T], *, where: str = "config") -> T:
+def build(table: dict, schema: Any, *, where: str = "config") -> Any:
     """Turns a parsed TOML table into the dataclass `schema`; `where` is what error messages call the source."""
-    return _build(table, schema, _Source(where, schema, {}))
+    return _build(table, schema, where, {})
 
 
 def merge(table: Mapping[str, Any], overrides: Iterable[str]) -> dict:
@@ -96,6 +98,7 @@ def to_toml(config: Any) -> str:
 
     Raises:
       ValueError: a value has no TOML form, such as None in a field whose default is not None.
+      ConfigError: a value that `build` would refuse, such as NaN.
     """
     lines: list[str] = []
 
@@ -123,18 +126,11 @@ def to_toml(config: Any) -> str:
     return text
 
 
-# The file and the overrides -------------------------------------------------------------------------------------------
-
-
 class _Unquoted(str):
     """The value of an override that is not TOML; text if the field is text, else a mistake."""
 
 
 def _load(path: Path) -> dict:
-    if path.is_dir():
-        files = sorted(file.name for file in path.glob("*.toml"))
-        listing = f"; it holds {', '.join(files)}" if files else ""
-        raise ConfigError(f"{path}: this is a folder, not a TOML file{listing}.")
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -144,12 +140,14 @@ def _load(path: Path) -> dict:
         near = _nearest(path.name, [file.name for file in folder.iterdir() if file.is_file()], cutoff=0.5)
         hint = f"; did you mean {folder / near}?" if near else f" in {folder.resolve()}."
         raise ConfigError(f"{path}: there is no such file{hint}") from None
+    except IsADirectoryError:
+        files = sorted(file.name for file in path.glob("*.toml"))
+        listing = f"; it holds {', '.join(files)}" if files else ""
+        raise ConfigError(f"{path}: this is a folder, not a TOML file{listing}.") from None
     except OSError as error:
         raise ConfigError(f"{path}: the file cannot be read: {error.strerror}.") from error
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError(f"{path}: the file is UTF-16, TOML must be UTF-8; save it again as UTF-8.")
     if b"\0" in raw:
-        raise ConfigError(f"{path}: this is a binary file, not TOML text.")
+        raise ConfigError(f"{path}: this is a binary file (or UTF-16), not TOML text in UTF-8.")
     try:
         text = raw.decode("utf-8-sig")  # editors on Windows put a byte order mark, which tomllib refuses
     except UnicodeDecodeError as error:
@@ -158,7 +156,7 @@ def _load(path: Path) -> dict:
         raise ConfigError(f"{path}: the file is not UTF-8 ({byte}); save it again as UTF-8.") from error
     try:
         return tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(_syntax_message(path, text.replace("\r\n", "\n"), str(error))) from error
 
 
@@ -202,9 +200,6 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     for name in keys:
         value = value[name]
     return keys, value
-
-
-# What a schema says ---------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -274,9 +269,6 @@ def _describe(hint: Any) -> tuple[str, str]:
     return (_WORDS[first], _EXAMPLES[first]) if first in _WORDS else ("a table", "{...}")
 
 
-# From table to dataclass ----------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """Where values come from, for the messages: the file, the whole schema, and dotted key -> override as typed."""
@@ -291,32 +283,43 @@ class _Source:
         return ConfigError(", ".join([self.where, *(f"override {text!r}" for text in touching)]) + f": {message}")
 
     def line(self, path: str, literal: str) -> str:
-        """The line to write at `path`, in the file or, quoted for the shell, as an override."""
-        if any(_within(path, key) for key in self.overrides):
-            return f"'{path}={literal}'"
-        return literal if path.endswith("]") else f"{path.rpartition('.')[2]} = {literal}"
+        """What to write at `path`: a line of the file, or an override in the quotes that the shell needs."""
+        if path.endswith("]"):
+            return literal
+        overridden = "[" not in path and any(_within(path, key) for key in self.overrides)
+        return f"'{path}={literal}'" if overridden else f"{path.rpartition('.')[2]} = {literal}"
 
 
-def _build(table: dict, schema: type[T], source: _Source) -> T:
-    if not dataclasses.is_dataclass(schema):
-        raise TypeError(f"schema.build: schema must be a dataclass, got {schema}.")
-    for _ in _homes(schema):  # a schema that cannot be read is refused now, not when a file first uses that field
-        pass
-    return _table(table, [schema], "", source, dataclasses.MISSING)
+def _build(table: dict, schema: Any, where: str, typed: dict[str, str]) -> Any:
+    members = _alternatives(schema)
+    for member in members:
+        if not (isinstance(member, type) and dataclasses.is_dataclass(member)):
+            raise TypeError(f"schema.build: schema must be a dataclass or a union of them, got {schema}.")
+        for _ in _homes(member):  # a schema that cannot be read is refused now, not when a file first uses that field
+            pass
+    chosen = _of_kind(table, members, "", _Source(where, members[0], typed))
+    return _table(table, [chosen], "", _Source(where, chosen, typed), dataclasses.MISSING)
+
+
+def _of_kind(table: dict, members: list[type], path: str, source: _Source) -> type:
+    """The one of the dataclasses `members` that the table's `kind` names."""
+    if len(members) == 1:
+        return members[0]
+    kinds, key = _kinds(members), _join(path, "kind")
+    if "kind" not in table:
+        lines = " or ".join(f"kind = {_literal(kind)}" for kind in kinds)
+        what = f"which [{path}] this is" if path else "what this config is for"
+        raise source.error(key, f"{key} is missing: it says {what}; write {lines}.")
+    return kinds[_choice(table["kind"], Literal[tuple(kinds)], key, source)]  # type: ignore
 
 
 def _table(value: Any, members: list[type], path: str, source: _Source, default: Any) -> Any:
     """Builds one of the dataclasses `members`; keys that are left out come from the instance `default`, if any."""
     if not isinstance(value, dict):
-        advice = f"; write [{path}] on a line of its own and its keys below it." if path else "."
-        raise source.error(path, f"{path or 'the config'} must be a table, got {_show(value)}{advice}")
-    schema = members[0]
-    if len(members) > 1:
-        kinds = _kinds(members)
-        if "kind" not in value:
-            lines = " or ".join(f"kind = {_literal(kind)}" for kind in kinds)
-            raise source.error(path, f"{path}.kind is missing: it says which [{path}] this is; write {lines}.")
-        schema = kinds[_choice(value["kind"], Literal[tuple(kinds)], f"{path}.kind", source)]  # type: ignore
+        example = source.line(path, '{key = 1, word = "text"}')
+        message = f"{path or 'the config'} must be a table, got {_show(value)}"
+        raise source.error(path, f"{message}; write [{path}] and its keys below it, or {example}")
+    schema = _of_kind(value, members, path, source)
     if any(key not in _fields(schema) for key in value):
         raise _unknown_keys(value, schema, path, source)
     arguments = {}
@@ -388,10 +391,9 @@ def _choice(value: Any, literal: Any, path: str, source: _Source) -> Any:
     near = _nearest(str(value), [str(item) for item in allowed])
     if near is None:
         raise source.error(path, message + ".")
-    near = next(item for item in allowed if str(item) == near)
-    if str(near) == str(value):  # the right value with the wrong quotes
-        raise source.error(path, f"{message}; write {source.line(path, _literal(near))}")
-    raise source.error(path, f"{message}; did you mean {_literal(near)}?")
+    meant = _literal(next(item for item in allowed if str(item) == near))
+    advice = f"write {source.line(path, meant)}" if near == str(value) else f"did you mean {meant}?"
+    raise source.error(path, f"{message}; {advice}")
 
 
 def _wrong_type(value: Any, hint: Any, path: str, source: _Source) -> ConfigError:
@@ -410,57 +412,43 @@ def _wrong_type(value: Any, hint: Any, path: str, source: _Source) -> ConfigErro
     return source.error(path, f"{message}; an example: {source.line(path, example)}")
 
 
-def _repairs(value: Any) -> Iterator[str]:
+def _repairs(value: Any) -> list[str]:
     """TOML texts that a user may have meant by `value`, for `_wrong_type` to try."""
-    if isinstance(value, str):
-        yield from (value.strip(), value.strip().lower(), f"[{value}]")  # "8", True, and 8,16
-        try:
-            yield repr(float(value))  # .5 and 5. are numbers to Python only
-        except ValueError:
-            pass
-        yield _literal(value.strip("\"'"))
-        yield _literal([part.strip(" \"'") for part in value.strip("[] ").split(",")])
-    elif isinstance(value, (bool, int, float)):
-        if isinstance(value, float) and value.is_integer():
-            yield str(int(value))
-        elif not isinstance(value, bool) and value in (0, 1):
-            yield _literal(bool(value))
-        yield _literal(str(_literal(value)))
-        yield f"[{_literal(value)}]"
-    elif not isinstance(value, (list, dict)):  # a date
-        yield _literal(str(value))
+    if isinstance(value, (list, dict)):
+        return []
+    bare = (str(value) if isinstance(value, str) else _literal(value)).strip(" \"'")
+    number = (f"0{bare}" if bare.startswith(".") else bare).removesuffix(".0").removesuffix(".")
+    boolean = {"0": "false", "1": "true"}.get(bare, bare.lower())
+    words = [part.strip(" \"'") for part in bare.strip("[]").split(",")]
+    return [bare, number, boolean, f"[{bare}]", _literal(bare), _literal(words)]
 
 
 def _unknown_keys(table: dict, schema: type, path: str, source: _Source) -> ConfigError:
-    known = list(_fields(schema))
-    homes: dict[str, list[str]] = {}
+    """All unknown keys of one table, each with where it belongs or what it may have been meant to be."""
+    known, homes = list(_fields(schema)), dict[str, str]()
     for key, home in _homes(source.schema):
-        homes.setdefault(key, []).append(home)
-    lines, listed = [], False
+        homes[key] = f"{homes[key]} or {home}" if key in homes and home not in homes[key] else home
+    lines, ending = [], ""
     unknown = [key for key in table if key not in known]
     for key in unknown:
         child = _join(path, _key(key))
+        if isinstance(table[key], dict):
+            line = f"[{child}] is not a known table"
+        else:
+            line = f"{child} = {_show(table[key], named=False)} is not a known key"
         near, afar = _nearest(key, known), _nearest(key, homes)
         if key in homes:
-            advice = f"{key} belongs to {' or '.join(dict.fromkeys(homes[key]))}"
-            advice += f"; here, did you mean {near}?" if near else ""
-        elif near:
-            advice = f"did you mean {near}?"
-        elif afar:
-            advice = f"did you mean {afar}, which belongs to {' or '.join(dict.fromkeys(homes[afar]))}?"
-        else:
-            advice, listed = "", True
-        is_table = isinstance(table[key], dict)
-        what = f"[{child}]" if is_table else f"{child} = {_show(table[key], named=False)}"
-        lines.append(f"{what} is not a known {'table' if is_table else 'key'}" + (f"; {advice}" if advice else ""))
-    place = f"[{path}]" if path else "the top level"
-    ending = f"\nThe keys of {place} are {', '.join(known) or 'none'}." if listed else ""
+            line += f"; {key} belongs to {homes[key]}"
+        if near:
+            line += f"; {'here, ' if key in homes else ''}did you mean {near}?"
+        elif afar and key not in homes:
+            line += f"; did you mean {afar}, which belongs to {homes[afar]}?"
+        elif key not in homes:
+            ending = f"\nThe keys of {f'[{path}]' if path else 'the top level'} are {', '.join(known) or 'none'}."
+        lines.append(line)
     if len(lines) == 1:
         return source.error(_join(path, unknown[0]), lines[0] + ending)
-    return source.error(path, f"{place} has {len(lines)} unknown keys:\n  " + "\n  ".join(lines) + ending)
-
-
-# TOML text ------------------------------------------------------------------------------------------------------------
+    return source.error(path, f"{len(lines)} unknown keys:\n  " + "\n  ".join(lines) + ending)
 
 
 def _literal(value: Any) -> str:

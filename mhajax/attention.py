@@ -267,6 +267,7 @@ def apply_to(
     mask: Mask | ArrayLike | None = None,
     bias: Array | None = None,
     positions: Array | None = None,
+    start: ArrayLike = 0,
     keys: Tokens | None = None,
     rotate: Callable[[Array, Array], Array] | None = None,
     gates: Array | None = None,
@@ -278,6 +279,7 @@ def apply_to(
 
     Args:
       answers: from `keys_values`, or a cache's.
+      start: index of the first query, where a mask looks it up; the length of a cache.
       keys: indices and positions of the S keys; 0, 1, 2, … if None.
       params, x, config, and the others: as in `apply_captured`.
 
@@ -288,7 +290,7 @@ def apply_to(
     _check_params(params, config)
     _check_options(config, x, gates, dropout_rate, dropout_key, capture)
     mask = as_mask(mask)
-    queries = tokens(x.shape[-2], positions)
+    queries = tokens(x.shape[-2], positions)._replace(start=start)
     params = jax.tree.map(lambda w: w.astype(x.dtype), params)
     asking, spoilt = (x, None) if mask is None and bias is None else _sound(x)
     q = _project(asking, params.w_q, params.b_q)
@@ -302,17 +304,23 @@ def apply_to(
         dropout_rate=dropout_rate, dropout_key=dropout_key,
         capture=tuple(name for name in capture if name in ("logits", "weights")),
     )  # fmt: skip
+    heads = heads.astype(x.dtype)
+    if spoilt is not None:  # rows that are not finite are marked after w_o, lest they reach its gradient
+        heads, spoilt = _sound(heads)
     if gates is not None:
         heads = heads * gates[..., None, None].astype(heads.dtype)
     out = jnp.einsum("...nth,nhd->...td", heads, params.w_o)
     if params.b_o is not None:
         out = out + params.b_o
+    if spoilt is not None:
+        out = out + jnp.where(jnp.any(spoilt, axis=-3), jnp.nan, 0).astype(out.dtype)
+    shown = lambda a: a if spoilt is None else jnp.where(spoilt, jnp.nan, a)  # noqa: E731
     on_the_way = {
         "queries": lambda: q,
         "keys": lambda: answers.k,
         "values": lambda: answers.v,
-        "heads": lambda: heads,
-        "contributions": lambda: jnp.einsum("...nth,nhd->...ntd", heads, params.w_o),
+        "heads": lambda: shown(heads),
+        "contributions": lambda: shown(jnp.einsum("...nth,nhd->...ntd", heads, params.w_o)),
     }
     return out, {name: captured[name] if name in captured else on_the_way[name]() for name in capture}
 

@@ -135,13 +135,14 @@ def run(
     answers = attention.keys_values(
         params.attention, y, config, positions=positions, rotate=rotate, masked=mask is not None
     )
-    places = tokens(x.shape[-2], positions)
+    places, start = tokens(x.shape[-2], positions), 0
     if cache is not None:
+        start = cache.length
         cache = caches.append(cache, answers)
         answers, places = KeysValues(cache.k, cache.v), tokens(cache.capacity)
     y, seen = attention.apply_to(
         params.attention, y, answers, config,
-        mask=mask, positions=positions, keys=places, rotate=rotate, gates=gates.attention,
+        mask=mask, positions=positions, start=start, keys=places, rotate=rotate, gates=gates.attention,
         dropout_rate=weights_rate, dropout_key=keys[0], capture=capture,
     )  # fmt: skip
     x = x + dropout(y, config.dropout, keys[1])

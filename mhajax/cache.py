@@ -33,6 +33,17 @@ def init(leading: Sequence[int], capacity: int, config: attention.Config, dtype=
     )
 
 
+def check_room(cache: Cache, size: int) -> None:
+    """Raise a ValueError if `size` more tokens are known not to fit; the cache may be that of a stack, [L, ...]."""
+    known = not isinstance(cache.length, jax.core.Tracer)
+    length = int(jnp.max(cache.length)) if known else 0
+    if length + size > cache.capacity:
+        raise ValueError(
+            f"cache.append: {size} more tokens must fit, got a cache of capacity {cache.capacity} that holds "
+            f"{length if known else 'an unknown number'}; make it larger with cache.init(…, capacity, …)."
+        )
+
+
 def append(cache: Cache, new: attention.KeysValues) -> Cache:
     """The cache with t more tokens.
 
@@ -47,11 +58,7 @@ def append(cache: Cache, new: attention.KeysValues) -> Cache:
       ValueError: if the tokens do not fit and the length is a concrete number.
     """
     size = new.k.shape[-2]
-    if not isinstance(cache.length, jax.core.Tracer) and int(cache.length) + size > cache.capacity:
-        raise ValueError(
-            f"cache.append: {size} more tokens must fit, got a cache of capacity {cache.capacity} that holds "
-            f"{int(cache.length)}; make it larger with cache.init(…, capacity, …)."
-        )
+    check_room(cache, size)
     overflow = cache.length + size > cache.capacity
     k = jnp.where(overflow, jnp.nan, new.k.astype(cache.k.dtype))
     return Cache(

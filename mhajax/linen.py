@@ -7,7 +7,7 @@ NamedTuples that every function of this library takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,85 +33,87 @@ class MultiHeadAttention(nn.Module):
     (4, 16, 4)
     """
 
+    functions = attention
     config: attention.Config
     dropout_rate: float = 0.0
-
-    def functions(self) -> Callable[[Array], Any]:
-        """The function that makes the parameters."""
-        return partial(attention.init_params, config=self.config)
 
     @nn.compact
     def __call__(self, x: Array, memory: Array | None = None, *, deterministic: bool = True, **options: Any) -> Array:
         """x [..., T, D] attends to itself or to memory [..., S, D]; the options are those of `attention.apply`."""
+        dropout = {}
         if self.dropout_rate and not deterministic:
-            options |= {"dropout_rate": self.dropout_rate, "dropout_key": self.make_rng("dropout")}
-        return attention.apply(_params(self), x, self.config, memory=memory, **options)
+            dropout = {"dropout_rate": self.dropout_rate, "dropout_key": self.make_rng("dropout")}
+        return attention.apply(_params(self), x, self.config, memory=memory, **dropout, **options)
 
 
 class LanguageModel(nn.Module):
-    """`language_model` as a module."""
+    """`language_model` as a module; `config.dropout` and `config.attention_dropout` take the rng "dropout".
 
+    >>> config = language_model.Config(d_model=16, num_heads=4, num_layers=2, vocab_size=11)
+    >>> variables = LanguageModel(config).init(jax.random.key(0), jax.numpy.ones((3, 5), int))
+    >>> variables["params"]["stack"]["layers"]["attention"]["w_q"].shape  # [L, N, D, H]
+    (2, 4, 16, 4)
+    """
+
+    functions = language_model
     config: language_model.Config
-
-    def functions(self) -> Callable[[Array], Any]:
-        """The function that makes the parameters."""
-        return partial(language_model.init_params, config=self.config)
 
     def setup(self) -> None:
         self.functional_params = _params(self)
 
     def __call__(self, tokens: Array, *, deterministic: bool = True, **options: Any) -> Array:
         """Logits [..., T, V] of tokens [..., T]; the options are those of `language_model.apply`."""
-        options |= _dropout(self, deterministic)
-        return language_model.apply(self.functional_params, tokens, self.config, **options)
+        dropout = _dropout(self, deterministic)
+        return language_model.apply(self.functional_params, tokens, self.config, **dropout, **options)
 
     def features(self, tokens: Array, *, deterministic: bool = True, **options: Any) -> Array:
         """What the logits are computed from, [..., T, D]."""
-        options |= _dropout(self, deterministic)
-        return language_model.features(self.functional_params, tokens, self.config, **options)
+        dropout = _dropout(self, deterministic)
+        return language_model.features(self.functional_params, tokens, self.config, **dropout, **options)
 
 
 class Translator(nn.Module):
-    """`translator` as a module."""
+    """`translator` as a module; `config.dropout` and `config.attention_dropout` take the rng "dropout"."""
 
+    functions = translator
     config: translator.Config
-
-    def functions(self) -> Callable[[Array], Any]:
-        """The function that makes the parameters."""
-        return partial(translator.init_params, config=self.config)
 
     def setup(self) -> None:
         self.functional_params = _params(self)
 
     def __call__(self, source: Array, target: Array, *, deterministic: bool = True, **options: Any) -> Array:
         """Logits [..., T, V] of targets [..., T]; the options are those of `translator.apply`."""
-        options |= _dropout(self, deterministic)
-        return translator.apply(self.functional_params, source, target, self.config, **options)
+        dropout = _dropout(self, deterministic)
+        return translator.apply(self.functional_params, source, target, self.config, **dropout, **options)
 
     def features(self, source: Array, target: Array, *, deterministic: bool = True, **options: Any) -> Array:
         """What the logits are computed from, [..., T, D]."""
-        options |= _dropout(self, deterministic)
-        return translator.features(self.functional_params, source, target, self.config, **options)
+        dropout = _dropout(self, deterministic)
+        return translator.features(self.functional_params, source, target, self.config, **dropout, **options)
 
 
-def functional(module: Any, variables: dict[str, Any]) -> Any:
+def functional(module: Any, variables: Mapping[str, Any]) -> Any:
     """The parameters in a module's variables (or in `variables["params"]`) as the NamedTuples of the functions.
 
     Raises:
       ValueError: if a parameter is missing or unknown, with its path.
     """
-    return from_dict(variables.get("params", variables), _template(module))
+    return from_dict(variables.get("params", variables), jax.eval_shape(_init(module), jax.random.key(0)))
 
 
-def _template(module: Any) -> Any:
-    return jax.eval_shape(module.functions(), jax.random.key(0))
+def _init(module: Any) -> Callable[[Array], Any]:
+    """The function that makes the parameters from a key."""
+    return partial(module.functions.init_params, config=module.config)
 
 
 def _params(module: Any) -> Any:
     """The module's parameters, made when it is initialised, in the form that the functions take."""
-    make = lambda key, name: to_dict(module.functions()(key))[name]  # noqa: E731
-    template = _template(module)
-    return from_dict({name: module.param(name, make, name) for name in to_dict(template)}, template)
+    template = jax.eval_shape(_init(module), jax.random.key(0))
+    make = lambda key, name: to_dict(_init(module)(key))[name]  # noqa: E731
+    params = {name: module.param(name, make, name) for name in to_dict(template)}
+    # Flax does not mind parameters that nobody asks for; biases that the config does not have are another config's.
+    unused = {name: None for name in template._fields if name not in params and module.has_variable("params", name)}
+    return from_dict(params | unused, template)
 
 
 def _dropout(module: Any, deterministic: bool) -> dict[str, Any]:

@@ -63,6 +63,11 @@ def linear_cross_entropy(
             "losses.linear_cross_entropy: features [..., D], targets [...] and table [V, D] must fit, got "
             f"{features.shape}, {targets.shape} and {table.shape}."
         )
+    if weights is not None and weights.shape != targets.shape:
+        raise ValueError(
+            "losses.linear_cross_entropy: weights must have the shape of targets, "
+            f"{targets.shape}, got {weights.shape}; one weight per token."
+        )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"losses.linear_cross_entropy: label_smoothing must be in [0, 1), got {label_smoothing}.")
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)

@@ -99,6 +99,8 @@ def run(
     Returns:
       [..., T, D], the caches [L, ...] (None without), and the captured arrays [L, ...].
     """
+    if cache is not None:
+        caches.check_room(cache, x.shape[-2])
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
     projected = memory if isinstance(memory, KeysValues) else None
 

@@ -169,6 +169,14 @@ def extend(
     return embedding.logits(params.embedding, x), state._replace(written=written)
 
 
+def select(state: State, rows: Array) -> State:
+    """The translations of these rows of the batch, in this order; rows may repeat. For sources [B, S]."""
+    lengths = None if state.source_lengths is None else state.source_lengths[rows]
+    return State(
+        transformer.select(state.written, rows), jax.tree.map(lambda a: a[:, rows], state.source), lengths
+    )
+
+
 def _run(
     params: Params, source: Array, target: Array, config: Config, *, source_lengths: Array | None = None,
     gates: Gates = Gates(), dropout_key: Array | None = None, capture: Sequence[str] = (),  # noqa: B008

@@ -169,8 +169,10 @@ def test_whatever_an_earlier_call_left(server, tmp_path, left):
         assert server.requests == [("/small.txt", None)]
 
 
+@pytest.mark.parametrize("gives_ranges", [True, False])
 @pytest.mark.parametrize("content", [b"ONE\ntwo\n", b"<html>", SMALL + b"three\n" * 100_000])
-def test_wrong_content_is_set_aside(server, tmp_path, monkeypatch, content):
+def test_wrong_content_is_set_aside(server, tmp_path, monkeypatch, content, gives_ranges):
+    server.gives_ranges = gives_ranges
     monkeypatch.setattr(fetching, "_CHUNK", 4)  # so that a piece ends where the file should
     server.contents["/small.txt"] = content
     with pytest.raises(DataError) as caught:
@@ -316,6 +318,13 @@ def test_command_lists(server, tmp_path, capsys):
     (tmp_path / "sample" / "small.txt").unlink()
     command(["--list", *root])
     assert "1 files missing" in capsys.readouterr().out
+
+
+def test_command_explains_itself(capsys, monkeypatch):
+    monkeypatch.setenv("MHAJAX_DATA", "/data/100%s")
+    with pytest.raises(SystemExit) as caught:
+        command(["--help"])
+    assert caught.value.code == 0 and "/data/100%s" in capsys.readouterr().out
 
 
 def test_command_without_names(capsys):

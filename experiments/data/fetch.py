@@ -182,12 +182,14 @@ def command(arguments: list[str]) -> int:
         prog="python -m experiments fetch", description="Downloads public data sets and checks their SHA-256."
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of: {', '.join(DATA_SETS)}")
-    parser.add_argument("--root", metavar="DIR", help=f"folder of all data sets (default: {default_root()})")
+    parser.add_argument(
+        "--root", metavar="DIR", help="folder of all data sets (default: %(default)s)", default=default_root()
+    )
     parser.add_argument(
         "--list", action="store_true", help="list the data sets, their licences and whether they are here"
     )
     options = parser.parse_args(arguments)
-    root = Path(options.root).expanduser() if options.root else default_root()
+    root = Path(options.root).expanduser()
     if options.list:
         for name in options.names or DATA_SETS:
             print(_description(name, root))

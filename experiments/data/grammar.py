@@ -270,8 +270,11 @@ class Writer:
         self.used.append(noun.english)
         return noun
 
-    def noun_phrase(self, case: str, kinds: str, modifiers: float = 0.0) -> Phrase:
-        """Determiner, perhaps an adjective, a noun, and with chance `modifiers` something behind it."""
+    def noun_phrase(self, case: str, kinds: str, modifiers: float = 0.0, phrases: bool = True) -> Phrase:
+        """Determiner, perhaps an adjective, a noun, and with chance `modifiers` something behind it.
+
+        That is a relative clause or, where `phrases` allows it, a prepositional phrase.
+        """
         noun, plural = self.noun(kinds), self.chance(0.4)
         column = noun.column(plural)
         determiner = self.pick(("the", "the", "the", "a", "a", "this", "my"))
@@ -290,7 +293,7 @@ class Writer:
                 english = "an"
             source, target = joined(translated(english, forms[case, column], "DET"), (source, target))
         if self.chance(modifiers):
-            behind = self.relative(who) if self.chance(0.5) else self.prepositional(modifiers / 2)
+            behind = self.relative(who) if not phrases or self.chance(0.5) else self.prepositional(modifiers / 2)
             source, target = joined((source, target), behind)
         return Phrase(source, target, (who.source, who.target), who, definite=determiner != "a")
 
@@ -386,7 +389,7 @@ class Writer:
         who = previous.object if previous else None
         if who and who.kind in verb.objects and self.chance(0.8):
             return self.pronoun(who, case)
-        return self.noun_phrase(case, verb.objects, modifiers)
+        return self.noun_phrase(case, verb.objects, modifiers, phrases=False)
 
     def clause(
         self,
@@ -419,8 +422,8 @@ class Writer:
         finite, rest = self.verb_group(verb, subject, order)
         adverb = translated(*self.pick(lexicon.MIDDLE_ADVERBS), "ADV") if self.chance(0.15) else NOTHING
 
-        # A phrase behind an object belongs to the clause: the object then has nothing of its own behind it. And none
-        # comes between "says" and "that", which would look like a relative pronoun there.
+        # A prepositional phrase behind an object belongs to the clause, never to the object, and it then cannot follow
+        # a relative clause. None comes between "says" and "that", which would look like a relative pronoun there.
         located = verb.frame != "that" and self.chance(self.style.places)
         fronted = located and order == "second" and front is None and self.chance(0.5)
         free = 0.0 if located and not fronted else modifiers
@@ -429,7 +432,7 @@ class Writer:
             objects = [self.object(verb, verb.frame, previous, free)]
         elif verb.frame == "give":
             self.note("two objects")
-            objects = [self.object(verb, "acc", previous, 0.0), self.noun_phrase("dat", "pa", free)]
+            objects = [self.object(verb, "acc", previous, 0.0), self.noun_phrase("dat", "pa", free, phrases=False)]
 
         place = NOTHING
         if verb.frame == "be" and (fronted or not located or self.chance(0.6)):
@@ -555,8 +558,8 @@ def generate(rng: random.Random, style: Style = ORDINARY) -> Pair:
     """One sentence pair, drawn at random.
 
     Example:
-        >>> pair = generate(random.Random(4))
-        >>> " ".join(pair.source.words), " ".join(pair.target.words)
+        >>> " ".join(generate(random.Random(10739)).target.words)
+        'das berühmte Ufer wird verschwinden , obwohl es beim Boot ist .'
     """
     while True:
         pair = Writer(rng, style).sentence()
@@ -568,11 +571,11 @@ def splits(config: Config) -> Splits:
     """The four sets of sentence pairs; the same for the same config, on every machine."""
     seen: set[tuple[str, ...]] = set()
 
-    def draw(name: str, size: int, kind: str = "", style: Style = ORDINARY) -> tuple[Pair, ...]:
+    def draw(name: str, size: int, kind: str = "") -> tuple[Pair, ...]:
         # A stream of random numbers of its own for each split, so that their sizes do not influence each other.
         rng, pairs = random.Random(f"{config.seed}/{name}/{kind}"), []
         while len(pairs) < size:
-            pair = generate(rng, style)
+            pair = generate(rng, LONG if kind == "length" else ORDINARY)
             if pair.source.words not in seen and _kind(pair) == kind:
                 seen.add(pair.source.words)
                 pairs.append(pair._replace(kind=kind))
@@ -581,7 +584,7 @@ def splits(config: Config) -> Splits:
     # Train comes last: it avoids the sentences of the others, which so do not depend on its size.
     test = draw("test", config.test)
     validation = draw("validation", config.validation)
-    longer = draw("generalisation", config.generalisation // 2, "length", LONG)
+    longer = draw("generalisation", config.generalisation // 2, "length")
     recombined = draw("generalisation", config.generalisation - len(longer), "combination")
     return Splits(draw("train", config.train), validation, test, recombined + longer)
 

@@ -193,6 +193,17 @@ def load(path: str | os.PathLike[str]) -> Vocabulary:
     return Vocabulary(tokenizer, kind)
 
 
+def load_or_train(path: str | os.PathLike[str], texts: Iterable[str], config: Config) -> Vocabulary:
+    """The vocabulary at `path`; if there is none, one made from the texts, which is saved there first."""
+    path = Path(path)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")  # a file that is there is whole
+        train(texts, config).save(part)
+        part.replace(path)
+    return load(path)
+
+
 def _train_bpe(texts: list[str], size: int) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

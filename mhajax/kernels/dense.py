@@ -60,7 +60,7 @@ def attend(
     allowed = None if mask is None else _full_rank("mask", mask.block(queries, keys), full)
     if bias is not None:
         bias = _full_rank("bias", bias, full)
-        visible = bias > -jnp.inf
+        visible = bias != -jnp.inf  # NaN is not hidden
         allowed = visible if allowed is None else allowed & visible
         bias = jnp.where(visible, bias, 0)
     kept = None if dropout_key is None or not dropout_rate else dropout.keep(dropout_key, dropout_rate, full)
@@ -111,16 +111,17 @@ def attend_head(
       [T, Hv] in the dtype of v, and the captured arrays [T, S].
     """
     float_dtype = jnp.promote_types(q.dtype, jnp.float32)
-    spoilt_queries = None
+    spoilt = spoilt_rows = None
     if allowed is not None:  # without a mask every key is seen by every query, and nothing has to be kept apart
         q, spoilt_queries = _heal(q)
         k, spoilt_keys = _heal(k)
         v, spoilt_values = _heal(v)
+        spoilt = allowed & (spoilt_queries[:, None] | spoilt_keys | spoilt_values)  # [T, S]
+        spoilt_rows = jnp.any(spoilt, axis=-1, keepdims=True)
     logits = jnp.einsum("th,sh->ts", q, k, preferred_element_type=float_dtype) * scale
     if bias is not None:
         logits = logits + bias
     if allowed is not None:
-        logits = logits + (spoilt_keys + spoilt_values).astype(float_dtype)
         logits = jnp.where(allowed, logits, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     if allowed is not None:
@@ -131,22 +132,25 @@ def attend_head(
         total = jnp.where(total == 0, 1, total)
     kept_weights = weights if kept is None else jnp.where(kept, weights * (1 / (1 - dropout_rate)), 0)
     out = jnp.einsum("ts,sh->th", kept_weights.astype(v.dtype), v, preferred_element_type=float_dtype) / total
-    if spoilt_queries is not None:
-        sees = jnp.any(jnp.broadcast_to(allowed, logits.shape), axis=-1, keepdims=True)
-        out = out + jnp.where(sees, spoilt_queries[:, None], 0).astype(float_dtype)
-    captured = {"logits": lambda: logits, "weights": lambda: weights / total}
+    if spoilt_rows is not None:
+        out = out + jnp.where(spoilt_rows, jnp.nan, 0).astype(float_dtype)
+    captured = {"logits": lambda: _mark(logits, spoilt), "weights": lambda: _mark(weights / total, spoilt_rows)}
     return out.astype(v.dtype), {name: captured[name]() for name in capture}
 
 
 def _heal(rows: Array) -> tuple[Array, Array]:
-    """Rows with 0 in place of NaN and Inf, and per row 0 if it was sound, NaN if not.
+    """Rows with 0 in place of NaN and Inf, and which rows had any.
 
     Zero times NaN is NaN, so a weight of 0 does not keep a bad key away from the sums, and least of all from the
     gradients. Bad entries are taken out before, and what they spoil is marked after.
     """
     finite = jnp.isfinite(rows)
-    spoilt = jnp.where(jnp.all(finite, axis=-1), 0.0, jnp.nan)
-    return jnp.where(finite, rows, 0), spoilt
+    return jnp.where(finite, rows, 0), ~jnp.all(finite, axis=-1)
+
+
+def _mark(array: Array, spoilt: Array | None) -> Array:
+    """The array with NaN where it is spoilt."""
+    return array if spoilt is None else jnp.where(spoilt, jnp.nan, array)
 
 
 def _full_rank(name: str, array: Array, full: tuple[int, ...]) -> Array:

@@ -1,0 +1,143 @@
+"""The command line: `python -m experiments CONFIG [key=value …]`, and its siblings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+from experiments.errors import UserError
+
+_DESCRIPTION = """\
+Run an experiment from a config file, or go on with one from the folder of an earlier run.
+
+  python -m experiments configs/grammar.toml
+  python -m experiments configs/grammar.toml training.steps=500 model.num_heads=8
+  python -m experiments runs/grammar-1a2b3c4d
+
+Other commands:
+  python -m experiments translate RUN < sentences.txt     translate lines from standard input
+  python -m experiments sample RUN [--prompt TEXT]        let a language model write
+  python -m experiments fetch NAME …                      download public data sets
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status: 0, 2 for a mistake in what was asked, 1 for a run that failed, 130 if stopped."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Compiler remarks about the host are noise; a person who wants them sets the variable.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    command, rest = _run, arguments
+    if arguments and arguments[0] in _COMMANDS:
+        command, rest = _COMMANDS[arguments[0]], arguments[1:]
+    try:
+        return command(rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a TOML file, or the folder of a run")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="TOML lines that override the config")
+    parser.add_argument("--runs", default="runs", help="where the folders of runs are made (default: runs)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object, as the last line")
+    options = parser.parse_intermixed_args(arguments)
+
+    from rich.console import Console
+
+    from experiments import run
+    from mhajax import training
+
+    console = Console(stderr=options.json)
+    config, folder = run.load(options.config, options.overrides, options.runs)
+    console.print(f"[dim]run folder[/dim] {folder}", highlight=False, soft_wrap=True)
+    try:
+        result = run.run(config, folder, console)
+    except training.Interrupted as stop:
+        print(f"{stop} The same command goes on from there.", file=sys.stderr)
+        return 130
+    except training.NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def _translate(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments translate", description="Translate lines from standard input to standard output."
+    )
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--beams", type=int, help="other than the config's; 1 is greedy")
+    options = parser.parse_args(arguments)
+    if options.beams is not None and options.beams < 1:
+        raise UserError(f"--beams must be at least 1, got {options.beams}.")
+
+    from experiments import run, translation
+    from experiments.config import Translation
+
+    config, folder = run.load_run(options.run)
+    if not isinstance(config, Translation):
+        raise UserError(f"{folder}: this run is a {config.kind}, not a translation; use: sample {folder}")
+    _, params = run.trained(config, folder)
+    translate = translation.load_translator(config, folder)
+    lines = [line.rstrip("\r\n") for line in sys.stdin]
+    wanted = [line for line in lines if line.strip()]
+    outputs = iter(translate(translation.seeds_of(params)[0], wanted, beams=options.beams) if wanted else [])
+    for line in lines:
+        print(next(outputs) if line.strip() else "")
+    return 0
+
+
+def _sample(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments sample", description="Let the language model of a run write."
+    )
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--prompt", help="what it goes on from")
+    parser.add_argument("--tokens", type=int, help="how much it writes")
+    parser.add_argument("--temperature", type=float, help="below 1: safer, above: wilder")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another text (default: 0)")
+    options = parser.parse_args(arguments)
+
+    from experiments import language_modelling, run
+    from experiments.config import LanguageModelling
+
+    config, folder = run.load_run(options.run)
+    if not isinstance(config, LanguageModelling):
+        raise UserError(f"{folder}: this run is a {config.kind}, not a language model; use: translate {folder}")
+    given = {name: getattr(options, name) for name in ("prompt", "tokens", "temperature")}
+    try:
+        sampling = replace(config.sampling, **{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise UserError(f"sample: {error}") from None
+    task, params = run.trained(config, folder)
+    write = language_modelling.load_writer(config, folder)
+    print(write(language_modelling.seeds_of(params)[0], sampling, options.seed))
+    return 0
+
+
+def _fetch(arguments: list[str]) -> int:
+    from experiments.data import fetch
+
+    return fetch.command(arguments)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"translate": _translate, "sample": _sample, "fetch": _fetch}
+
+if __name__ == "__main__":
+    sys.exit(main())

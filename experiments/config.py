@@ -1,0 +1,147 @@
+"""What a config file may hold: one dataclass per experiment, made of the library's own configs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from experiments import schema
+from experiments.data import corpora, vocabulary
+from mhajax import language_model, training, translator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """The table [batches] of a translation.
+
+    Attributes:
+      tokens: target tokens per batch, padding included.
+      boundaries: lengths to which sentences are padded; each costs one compilation. Longer pairs are left out of
+        training (and counted), never out of evaluation.
+    """
+
+    tokens: int = 4096
+    boundaries: tuple[int, ...] = (16, 32, 64)
+
+    def __post_init__(self):
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}.")
+        if not self.boundaries or any(a >= b for a, b in zip((0, *self.boundaries), self.boundaries, strict=False)):
+            raise ValueError(
+                f"boundaries must be positive and ascending, such as [16, 32, 64], got {list(self.boundaries)}."
+            )
+        if self.boundaries[-1] > self.tokens:
+            raise ValueError(
+                f"tokens must be at least the last of boundaries, got tokens={self.tokens} and "
+                f"boundaries={list(self.boundaries)}; a batch would hold no sentence."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """The table [decoding] of a translation.
+
+    Attributes:
+      beams: 1 is greedy.
+      length_penalty: exponent of the length normalisation, see `mhajax.decoding.beam_search`.
+      batch: sentences at a time.
+      validation_sentences: how many of the validation sentences are translated (greedily) at each evaluation; their
+        BLEU decides which parameters are best.
+    """
+
+    beams: int = 4
+    length_penalty: float = 1.0
+    batch: int = 100
+    validation_sentences: int = 300
+
+    def __post_init__(self):
+        for name in ("beams", "batch", "validation_sentences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation:
+    """`kind = "translation"`: train a translator, report BLEU and chrF, show its heads."""
+
+    kind: Literal["translation"] = "translation"
+    data: corpora.Grammar | corpora.Multi30k | corpora.ParallelFiles = corpora.Grammar()
+    vocabulary: vocabulary.Config = vocabulary.Config()
+    batches: Batches = Batches()
+    model: translator.Config
+    training: training.Config = training.Config()
+    decoding: Decoding = Decoding()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """The table [batches] of a language model.
+
+    Attributes:
+      size: windows per batch.
+      length: tokens per window.
+    """
+
+    size: int = 16
+    length: int = 128
+
+    def __post_init__(self):
+        for name in ("size", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The table [sampling] of a language model: the text that is printed at the end.
+
+    Attributes:
+      prompt: what it goes on from.
+      tokens: how much of it.
+      temperature, top_k, top_p: see `mhajax.decoding.sampler`.
+    """
+
+    prompt: str = "\n"
+    tokens: int = 300
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise ValueError("prompt must not be empty; a line break is written \"\\n\".")
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelling:
+    """`kind = "language_model"`: train a language model, report its validation loss, print a sample."""
+
+    kind: Literal["language_model"] = "language_model"
+    data: corpora.Shakespeare | corpora.TextFile
+    vocabulary: vocabulary.Config = field(default_factory=lambda: vocabulary.Config(kind="characters"))
+    batches: Windows = Windows()
+    model: language_model.Config
+    training: training.Config = training.Config()
+    sampling: Sampling = Sampling()
+
+
+Experiment = Translation | LanguageModelling
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The config in a file, with overrides such as `model.num_heads=8`.
+
+    Raises:
+      ConfigError: the file cannot be read, is not TOML, or does not fit the experiment that its `kind` names.
+    """
+    return schema.read(path, Experiment, overrides)

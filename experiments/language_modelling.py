@@ -1,0 +1,136 @@
+"""Train a language model and judge it: validation loss, and a sample of what it writes.
+
+The model is the Flax module `mhajax.linen.LanguageModel`; it is trained by `mhajax.training`, which does not know it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from experiments.config import LanguageModelling, Sampling
+from experiments.data import batches, corpora, vocabulary
+from experiments.data.vocabulary import Vocabulary
+from experiments.errors import ConfigError
+from experiments.task import Task
+from experiments.translation import VOCABULARY, mean_and_spread, seeds_of
+from mhajax import decoding, language_model, linen, losses
+
+
+def prepare(config: LanguageModelling, folder: Path) -> Task:
+    """Read the text, make the vocabulary (or take the run's own), and put the experiment together."""
+    corpus = corpora.text(config.data)
+    words = _vocabulary(config, corpus, folder)
+    if words.encode(config.sampling.prompt) == []:
+        raise ConfigError(f"sampling.prompt {config.sampling.prompt!r} has no token in this vocabulary; give another.")
+    model = linen.LanguageModel(replace(config.model, vocab_size=words.size))
+    train, validation = (np.asarray(words.encode(part), np.int32) for part in (corpus.train, corpus.validation))
+    stream = batches.TextBatches(
+        train, batch_size=config.batches.size, length=config.batches.length, seed=config.training.seed
+    )
+    validation_loss = _validation_loss(config, model, validation)
+
+    def evaluate(params: Any) -> dict[str, list[float]]:
+        measured = [validation_loss(one) for one in seeds_of(params)]
+        return {"validation_loss": measured, "score": [-loss for loss in measured]}
+
+    def report(params: Any, folder: Path, console: Console) -> dict[str, Any]:
+        measured = mean_and_spread({"validation_loss": evaluate(params)["validation_loss"]})
+        spread = f" ± {measured['validation_loss_sd']:.4f}" if "validation_loss_sd" in measured else ""
+        console.print(
+            f"validation loss [bold]{measured['validation_loss']:.4f}{spread}[/bold] nats per token "
+            f"(perplexity {math.exp(measured['validation_loss']):.3f}) on {len(validation) - 1:,} held-out tokens\n",
+            highlight=False,
+        )
+        text = write_sample(model, words, seeds_of(params)[0], config.sampling, config.training.seed)
+        (folder / "sample.txt").write_text(text, encoding="utf-8")
+        console.print(text, markup=False, highlight=False, style="dim")
+        console.print()
+        return {**measured, "sample": text}
+
+    return Task(
+        init_params=lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"],
+        loss=partial(_loss, model, config.training.label_smoothing),
+        batches=lambda seen: stream.iterate(stream.position(seen)),
+        tokens=lambda batch: batch.shape[0] * (batch.shape[1] - 1),
+        evaluate=evaluate,
+        report=report,
+        epoch=None,
+        hashes=corpus.hashes,
+        notes=(
+            f"{len(train):,} tokens to train on, {len(validation):,} to validate on, {words.size:,} entries in the "
+            f"vocabulary; {config.batches.size * config.batches.length:,} tokens a batch",
+        ),
+    )
+
+
+def load_writer(config: LanguageModelling, folder: Path):
+    """What writes text with the vocabulary of a run folder: a function (params, sampling, seed) → text."""
+    words = vocabulary.load(folder / VOCABULARY)
+    return partial(write_sample, linen.LanguageModel(replace(config.model, vocab_size=words.size)), words)
+
+
+def write_sample(model: linen.LanguageModel, words: Vocabulary, params: Any, sampling: Sampling, seed: int) -> str:
+    """The prompt and what the model goes on to write, token by token on its cache."""
+    prompt = jnp.asarray([words.encode(sampling.prompt)], jnp.int32)
+    config = model.config
+    choose = decoding.sampler(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+
+    @jax.jit
+    def write(params: Any) -> jax.Array:
+        params = linen.functional(model, params)
+        cache = language_model.init_cache((1,), prompt.shape[1] + sampling.tokens, config)
+        if prompt.shape[1] > 1:
+            _, cache = language_model.extend(params, prompt[:, :-1], cache, config)
+
+        def step(tokens, cache):
+            logits, cache = language_model.extend(params, tokens[:, None], cache, config)
+            # Padding and the other tokens that no text contains are never written.
+            return logits[:, 0].at[:, : len(vocabulary.SPECIAL_TOKENS)].set(-jnp.inf), cache
+
+        key = jax.random.key(seed)
+        return decoding.generate(step, cache, prompt[:, -1], choose, key, length=sampling.tokens)
+
+    return sampling.prompt + words.decode(np.asarray(write(params))[0])
+
+
+def _vocabulary(config: LanguageModelling, corpus: corpora.TextCorpus, folder: Path) -> Vocabulary:
+    """The run's own vocabulary; made from the training text the first time."""
+    return vocabulary.load_or_train(folder / VOCABULARY, [corpus.train], config.vocabulary)
+
+
+def _loss(model: linen.LanguageModel, label_smoothing: float, params, tokens, key):
+    features = model.apply(
+        {"params": params}, tokens[:, :-1], deterministic=False, rngs={"dropout": key}, method="features"
+    )
+    sums = losses.linear_cross_entropy(
+        features, params["embedding"], tokens[:, 1:], label_smoothing=label_smoothing, chunk=1024
+    )
+    return sums.loss / sums.weight, {"accuracy": sums.correct / sums.weight}
+
+
+def _validation_loss(config: LanguageModelling, model: linen.LanguageModel, tokens: np.ndarray):
+    """A function params → mean cross-entropy of every token of the held-out text but its first."""
+
+    @jax.jit
+    def sums(params, batch):
+        features = model.apply({"params": params}, batch.tokens[:, :-1], method="features")
+        real = jnp.arange(features.shape[1]) < batch.lengths[:, None]
+        return losses.linear_cross_entropy(features, params["embedding"], batch.tokens[:, 1:], real, chunk=1024)
+
+    def mean(params: Any) -> float:
+        parts = [
+            jax.device_get(sums(params, batch))
+            for batch in batches.windows(tokens, batch_size=config.batches.size, length=config.batches.length)
+        ]
+        return sum(float(part.cross_entropy) for part in parts) / sum(float(part.weight) for part in parts)
+
+    return mean

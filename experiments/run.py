@@ -1,0 +1,345 @@
+"""The run folder, and the way from a config to a result in it. This is the one place where results are written.
+
+    runs/grammar-1a2b3c4d/
+      config.toml         every value, defaults spelled out
+      environment.json    versions of packages, hashes of the data, the machine
+      metrics.jsonl       a line a batch (loss, gradient norm, …) and a line an evaluation
+      checkpoints/        latest state, best parameters
+      vocabulary.json     the tokenizer
+      figures/            pictures, each as SVG and PNG with its CSV
+      result.json         written last: a run with a result is finished
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from experiments import config as configs
+from experiments import language_modelling, schema, translation
+from experiments.errors import ConfigError, UserError
+from experiments.task import Task
+from mhajax import training
+
+CONFIG, METRICS, RESULT, TIMES = "config.toml", "metrics.jsonl", "result.json", "times.json"
+_PACKAGES = ("mhajax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "sacrebleu")
+
+
+def load(path: str, overrides: list[str], runs: str) -> tuple[configs.Experiment, Path]:
+    """The config that a person named, with overrides, and the folder of its run.
+
+    Args:
+      path: a config file, or the folder of an earlier run.
+      overrides: TOML lines such as `model.num_heads=8`.
+      runs: where run folders are made. A run's folder is named after its config file and a hash of every value in it,
+        so the same command always finds the same folder.
+    """
+    folder = Path(path)
+    if (folder / CONFIG).is_file():
+        return configs.read(folder / CONFIG, overrides), folder
+    if folder.is_dir():
+        raise ConfigError(f"{folder}: expected a config file or the folder of a run, got a folder without {CONFIG}.")
+    config = configs.read(folder, overrides)
+    digest = hashlib.sha256(schema.to_toml(config).encode()).hexdigest()[:8]
+    return config, Path(runs) / f"{folder.stem}-{digest}"
+
+
+def load_run(path: str) -> tuple[configs.Experiment, Path]:
+    """The config and the folder of an earlier run."""
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: expected the folder of a run, got {'one' if folder.is_dir() else 'no folder'} "
+                        f"without {CONFIG}.")  # fmt: skip
+    return configs.read(folder / CONFIG), folder
+
+
+def prepare(config: configs.Experiment, folder: Path) -> Task:
+    """The experiment that a config describes; this is where a config becomes objects."""
+    module = translation if isinstance(config, configs.Translation) else language_modelling
+    return module.prepare(config, folder)  # pyright: ignore[reportArgumentType]
+
+
+def run(config: configs.Experiment, folder: Path, console: Console) -> dict[str, Any]:
+    """Train (or go on training), evaluate, report, and write the result.
+
+    A finished run is not trained again: its best parameters are evaluated and reported anew.
+
+    Returns:
+      What stands in result.json.
+    """
+    times = _Times(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    finished = (folder / RESULT).is_file()
+    _write(folder / CONFIG, schema.to_toml(config))
+    task = prepare(config, folder)
+    _write(folder / "environment.json", json.dumps(_environment(task), indent=2) + "\n")
+    for note in task.notes:
+        console.print(note, style="dim", highlight=False)
+    state, checkpoints = _train(config.training, task, folder, console, times)
+    console.print()
+    best = checkpoints.best_score()
+    params = state.evaluated if best is None else checkpoints.best(state.evaluated)
+    checkpoints.close()
+    result = {"kind": config.kind, **task.report(params, folder, console)}
+    result |= {
+        "parameters": sum(a.size for a in jax.tree.leaves(params)) // config.training.seeds,
+        "seeds": config.training.seeds,
+        "steps": config.training.steps,
+        "best_step": config.training.steps if best is None else int(best["step"]),
+        **times.summary(keep=finished),
+    }
+    _curve(folder, config)
+    _write(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    console.print(
+        f"{result['parameters']:,} parameters, {result['seconds']:.0f} s, "
+        f"{result['tokens_per_second']:,.0f} tokens/s in training · everything is in {folder}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return result
+
+
+def trained(config: configs.Experiment, folder: Path) -> tuple[Task, Any]:
+    """The experiment of a run folder and its best parameters [seeds, ...].
+
+    Raises:
+      UserError: if nothing was trained in this folder yet.
+    """
+    task = prepare(config, folder)
+    checkpoints = training.Checkpoints(folder / "checkpoints")
+    like = _new_state(config.training, task)
+    if checkpoints.latest_step() is None:
+        raise UserError(f"{folder}: nothing is trained here yet; python -m experiments {folder} trains it.")
+    params = checkpoints.restore(like).evaluated if checkpoints.best_score() is None else checkpoints.best(
+        like.evaluated
+    )  # fmt: skip
+    checkpoints.close()
+    return task, params
+
+
+def _new_state(config: training.Config, task: Task) -> training.State:
+    return training.init(task.init_params, training.optimizer(config), config)
+
+
+def _train(config: training.Config, task: Task, folder: Path, console: Console, times: _Times):
+    """Train to the end, from the latest checkpoint if there is one."""
+    optimizer = training.optimizer(config)
+    state = _new_state(config, task)
+    checkpoints = training.Checkpoints(folder / "checkpoints")
+    if checkpoints.latest_step() is not None:
+        try:
+            state = checkpoints.restore(state)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    done = int(state.step)
+    _forget_after(folder / METRICS, done)
+    times.start(done)
+    if done >= config.steps:
+        console.print(f"[dim]already trained: {done} batches[/dim]", highlight=False)
+        return state, checkpoints
+    if done:
+        console.print(f"[dim]going on after batch {done} of {config.steps}[/dim]", highlight=False)
+    step = training.make_step(task.loss, optimizer, config)
+    with open(folder / METRICS, "a", encoding="utf-8") as metrics, _Display(console, config, task, done) as display:
+
+        def record(lines: list[dict[str, Any]]) -> None:
+            metrics.writelines(json.dumps(line) + "\n" for line in lines)
+            metrics.flush()
+            os.fsync(metrics.fileno())
+            times.save(lines[-1]["step"])
+            display.show(lines, times)
+
+        def evaluate(params: Any) -> dict[str, list[float]]:
+            with times.paused():
+                return task.evaluate(params)
+
+        def counted(seen: int) -> Iterator[Any]:
+            for batch in task.batches(seen):
+                times.tokens += task.tokens(batch)
+                yield batch
+
+        state = training.fit(
+            state, step, counted, config, evaluate=evaluate, checkpoints=checkpoints, record=record
+        )  # fmt: skip
+    return state, checkpoints
+
+
+class _Display:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, config: training.Config, task: Task, done: int):
+        self._console, self._config, self._task = console, config, task
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task_id = self._bar.add_task("training", total=config.steps, completed=done, note="compiling …")
+        self._printed = time.monotonic()
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def show(self, lines: list[dict[str, Any]], times: _Times) -> None:
+        """News: batches, or an evaluation."""
+        step = lines[-1]["step"]
+        losses = [np.mean(line["loss"]) for line in lines if "loss" in line]
+        if losses:
+            note = f"loss {np.mean(losses):.3f} · {times.tokens_per_second():,.0f} tokens/s"
+            if self._task.epoch:
+                note += f" · epoch {step / self._task.epoch:.1f}"
+            self._bar.update(self._task_id, completed=step, note=note)
+            if not self._console.is_terminal and time.monotonic() - self._printed > 10:
+                self._printed = time.monotonic()
+                self._console.print(f"batch {step} of {self._config.steps} · {note}", highlight=False)
+        else:
+            shown = " · ".join(
+                f"{name.replace('_', ' ')} {np.mean(value):.3f}"
+                for name, value in lines[-1].items() if name not in ("step", "score")
+            )  # fmt: skip
+            self._console.print(f"[dim]batch {step}:[/dim] {shown}", highlight=False)
+
+
+class _Times:
+    """Seconds and tokens of a run, added up over all the processes that worked on it."""
+
+    def __init__(self, folder: Path):
+        self._file = folder / TIMES
+        self._began = time.monotonic()
+        self._before = {"seconds": 0.0, "training_seconds": 0.0, "tokens": 0}
+        self._training_began: float | None = None
+        self._paused = 0.0
+        self.tokens = 0
+
+    def start(self, done: int) -> None:
+        """Training begins after `done` batches; what earlier processes did beyond them is lost work."""
+        saved = json.loads(self._file.read_text()) if self._file.is_file() else []
+        kept = [entry for entry in saved if entry["step"] <= done]
+        self._before |= kept[-1] if kept else {}
+        self._saved = kept
+        self._training_began = time.monotonic()
+
+    def paused(self):
+        """A context whose time is not training's."""
+        return _Pause(self)
+
+    def add_pause(self, seconds: float) -> None:
+        self._paused += seconds
+
+    def save(self, step: int) -> None:
+        """Keep the sums as they are after this batch."""
+        self._saved = [*self._saved[-200:], {"step": step, **self._sums()}]
+        _write(self._file, json.dumps(self._saved))
+
+    def tokens_per_second(self) -> float:
+        """Real target tokens per second of training (this process), compilation included, evaluation not."""
+        began = self._began if self._training_began is None else self._training_began
+        return self.tokens / max(time.monotonic() - began - self._paused, 1e-9)
+
+    def summary(self, keep: bool) -> dict[str, float]:
+        """`seconds` of the whole run and `tokens_per_second` of its training; those of a finished run stay."""
+        result = self._file.parent / RESULT
+        if keep:
+            old = json.loads(result.read_text())
+            return {name: old[name] for name in ("seconds", "tokens_per_second")}
+        trained = self._before if not self.tokens else self._saved[-1]
+        return {
+            "seconds": round(self._before["seconds"] + time.monotonic() - self._began, 1),
+            "tokens_per_second": round(trained["tokens"] / max(trained["training_seconds"], 1e-9), 1),
+        }
+
+    def _sums(self) -> dict[str, float]:
+        now = time.monotonic()
+        began = now if self._training_began is None else self._training_began
+        return {
+            "seconds": self._before["seconds"] + now - self._began,
+            "training_seconds": self._before["training_seconds"] + now - began - self._paused,
+            "tokens": self._before["tokens"] + self.tokens,
+        }
+
+
+class _Pause:
+    def __init__(self, times: _Times):
+        self._times = times
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: Any) -> None:
+        self._times.add_pause(time.monotonic() - self._began)
+
+
+def _curve(folder: Path, config: configs.Experiment) -> None:
+    """The figure of the training loss and of every evaluation."""
+    from mhajax import figures
+
+    lines = list(_lines(folder / METRICS))
+    training_lines = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "validation_loss" in line]
+    every = max(len(training_lines) // 200, 1)
+    chunks = [training_lines[i : i + every] for i in range(0, len(training_lines), every)]
+    series = {"training": ([chunk[-1]["step"] for chunk in chunks], [_mean(chunk, "loss") for chunk in chunks])}
+    if evaluations:
+        series["validation"] = (
+            [line["step"] for line in evaluations], [float(np.mean(line["validation_loss"])) for line in evaluations]
+        )  # fmt: skip
+    drawing = figures.training_curve(series, title=f"{config.kind.replace('_', ' ')}: loss", ylabel="nats per token")
+    figures.save(drawing, folder / "figures" / "training")
+
+
+def _mean(lines: Iterable[dict[str, Any]], name: str) -> float:
+    return float(np.mean([line[name] for line in lines]))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of JSON objects; a last line cut off by a kill is not one."""
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Remove the lines of batches that the resumed run will see again."""
+    kept = [json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step]
+    _write(path, "".join(kept))
+
+
+def _write(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(content, encoding="utf-8")
+    part.replace(path)
+
+
+def _environment(task: Task) -> dict[str, Any]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "data_sha256": task.hashes,
+    }

@@ -1,0 +1,36 @@
+"""What an experiment is to the loop that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax import Array
+from rich.console import Console
+
+
+class Task(NamedTuple):
+    """One experiment, ready to run; `translation.prepare` and `language_modelling.prepare` make one.
+
+    Attributes:
+      init_params: PRNG key → parameters of the Flax module.
+      loss: (params, batch, key) → (loss, {name: number}), what is trained on.
+      batches: number of batches seen → the batches that follow.
+      tokens: a batch → how many tokens it predicts (padding not counted).
+      evaluate: parameters [seeds, ...] → {name: number per seed}; "score" chooses the best, higher is better.
+      report: (parameters [seeds, ...], folder) → the result; prints what a person wants to see, writes figures.
+      epoch: batches per epoch; None where there are none.
+      hashes: what data was used, name → SHA-256.
+      notes: what a person should know before it starts.
+    """
+
+    init_params: Callable[[Array], Any]
+    loss: Callable[[Any, Any, Array], tuple[Array, dict[str, Array]]]
+    batches: Callable[[int], Iterable[Any]]
+    tokens: Callable[[Any], int]
+    evaluate: Callable[[Any], dict[str, list[float]]]
+    report: Callable[[Any, Path, Console], dict[str, Any]]
+    epoch: int | None
+    hashes: dict[str, str]
+    notes: tuple[str, ...]

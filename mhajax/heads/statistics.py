@@ -1,0 +1,43 @@
+"""Numbers with intervals."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class Estimate(NamedTuple):
+    """A value and its 95 % interval; arrays of the same shape."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def ratio(sums: ArrayLike, counts: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Estimate:
+    """Σ sums / Σ counts with a percentile bootstrap over sentences.
+
+    Args:
+      sums: per sentence, [sentences, ...]: right answers, or a total of some measure.
+      counts: per sentence, broadcasts to the same shape: questions, or tokens. Sentences with 0 count for nothing.
+      resamples: bootstrap samples of sentences.
+      seed: of the resampling.
+
+    Returns:
+      Three arrays [...]; NaN where there is nothing to count.
+
+    References:
+      Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+    """
+    sums = np.asarray(sums, float)
+    counts = np.broadcast_to(np.asarray(counts, float), sums.shape)
+    n = len(sums)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # how often each is drawn
+    flat = (n, -1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = sums.sum(0) / counts.sum(0)
+        samples = (drawn @ sums.reshape(flat)) / (drawn @ counts.reshape(flat))
+        low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0).reshape(2, *value.shape)
+    return Estimate(value, low, high)

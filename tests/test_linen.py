@@ -1,0 +1,252 @@
+"""Linen modules: the functions' numbers, inside anybody's Linen model."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax.errors import InvalidRngError, ScopeParamShapeError
+from flax.traverse_util import flatten_dict
+
+from mhajax import attention, language_model, linen, masks, translator
+from mhajax.block import Gates
+from mhajax.tree import to_dict
+
+B, T, S, D, N, K, H, HV, V, F = 2, 5, 7, 10, 6, 3, 4, 9, 11, 13
+HEADS = dict(d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, value_dim=HV)
+ATTENTION = attention.Config(**HEADS)
+LM = language_model.Config(**HEADS, d_ff=F, num_layers=2, vocab_size=V, norm="layer", activation="swiglu", use_bias=True)
+MT = translator.Config(**HEADS, d_ff=F, encoder_layers=3, decoder_layers=2, vocab_size=V)
+
+X = jax.random.normal(jax.random.key(1), (B, T, D))
+MEMORY = jax.random.normal(jax.random.key(2), (B, S, D))
+TARGET = jax.random.randint(jax.random.key(3), (B, T), 0, V)
+SOURCE = jax.random.randint(jax.random.key(4), (B, S), 0, V)
+
+CASES = {
+    "attention": (linen.MultiHeadAttention(ATTENTION), attention, (X, MEMORY)),
+    "language_model": (linen.LanguageModel(LM), language_model, (TARGET,)),
+    "translator": (linen.Translator(MT), translator, (SOURCE, TARGET)),
+}
+each = pytest.mark.parametrize("module, functions, inputs", CASES.values(), ids=CASES)
+
+
+def call(functions, params, inputs, config, **options):
+    if functions is attention:
+        return attention.apply(params, inputs[0], config, memory=inputs[1], **options)
+    return functions.apply(params, *inputs, config, **options)
+
+
+@each
+def test_init_makes_the_functions_parameters(module, functions, inputs):
+    made = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    expected = to_dict(jax.eval_shape(lambda key: functions.init_params(key, module.config), jax.random.key(0)))
+    assert set(made) == {"params"}
+    chex.assert_trees_all_equal_shapes_and_dtypes(made["params"], expected)
+
+
+def test_paths_and_heads():
+    params = jax.eval_shape(linen.MultiHeadAttention(ATTENTION).init, jax.random.key(0), X)["params"]
+    assert {name: leaf.shape for name, leaf in params.items()} == {
+        "w_q": (N, D, H), "w_k": (K, D, H), "w_v": (K, D, HV), "w_o": (N, HV, D)
+    }  # fmt: skip
+    params = flatten_dict(jax.eval_shape(linen.Translator(MT).init, jax.random.key(0), SOURCE, TARGET)["params"], sep="/")
+    assert params["encoder/layers/attention/w_q"].shape == (3, N, D, H)
+    assert params["decoder/layers/cross/w_o"].shape == (2, N, HV, D)
+    assert params["embedding"].shape == (V, D)
+
+
+def test_init_draws_every_head_anew():
+    params = linen.MultiHeadAttention(attention.Config(d_model=64, num_heads=4)).init(
+        jax.random.key(0), jnp.ones((1, 1, 64))
+    )["params"]
+    heads = np.concatenate([params[name].reshape(4, -1) for name in ("w_q", "w_k", "w_v", "w_o")])
+    np.testing.assert_allclose(heads.std(axis=1), 64**-0.5, rtol=0.1)
+    assert np.abs(np.corrcoef(heads) - np.eye(16)).max() < 0.2
+
+
+@each
+def test_same_numbers_and_gradients(module, functions, inputs):
+    params = functions.init_params(jax.random.key(0), module.config)
+
+    def by_module(params):
+        out = module.apply({"params": params}, *inputs)
+        return jnp.sum(jnp.sin(out)), out
+
+    def by_function(params):
+        out = call(functions, params, inputs, module.config)
+        return jnp.sum(jnp.sin(out)), out
+
+    grads, out = jax.jit(jax.grad(by_module, has_aux=True))(to_dict(params))
+    expected_grads, expected = jax.jit(jax.grad(by_function, has_aux=True))(params)
+    assert float(jnp.std(expected)) > 0.1
+    chex.assert_trees_all_close(out, expected, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(grads, to_dict(expected_grads), rtol=1e-5, atol=1e-6)
+
+
+@each
+def test_round_trip(module, functions, inputs):
+    params = functions.init_params(jax.random.key(0), module.config)
+    for variables in ({"params": to_dict(params)}, to_dict(params), {"params": to_dict(params), "batch_stats": {}}):
+        chex.assert_trees_all_equal(linen.functional(module, variables), params)
+    assert type(linen.functional(module, to_dict(params))) is functions.Params
+
+
+def test_features():
+    for name, inputs in (("language_model", (TARGET,)), ("translator", (SOURCE, TARGET))):
+        module, functions, _ = CASES[name]
+        params = functions.init_params(jax.random.key(0), module.config)
+        got = module.apply({"params": to_dict(params)}, *inputs, method="features")
+        chex.assert_trees_all_close(got, functions.features(params, *inputs, module.config), rtol=1e-6, atol=1e-6)
+
+
+def test_options_pass_through():
+    layer, params = linen.MultiHeadAttention(ATTENTION), attention.init_params(jax.random.key(0), ATTENTION)
+    variables = {"params": to_dict(params)}
+    plain = layer.apply(variables, X)
+    mask, gates = masks.causal(), jnp.arange(N) / 3
+    for options in ({"mask": mask}, {"gates": gates}, {"mask": mask, "gates": gates}):
+        got = layer.apply(variables, X, **options)
+        np.testing.assert_array_equal(got, attention.apply(params, X, ATTENTION, **options))
+        assert not np.allclose(got, plain)
+    np.testing.assert_array_equal(layer.apply(variables, X, MEMORY), layer.apply(variables, X, memory=MEMORY))
+    assert not np.allclose(layer.apply(variables, X, MEMORY), plain)
+    with pytest.raises(TypeError, match="no_such_option"):
+        layer.apply(variables, X, no_such_option=1)
+
+
+def test_options_of_the_models_pass_through():
+    model, params = linen.LanguageModel(LM), language_model.init_params(jax.random.key(0), LM)
+    gates = Gates(jnp.zeros((2, N)))
+    got = model.apply({"params": to_dict(params)}, TARGET, gates=gates)
+    np.testing.assert_allclose(got, language_model.apply(params, TARGET, LM, gates=gates), rtol=1e-6, atol=1e-6)
+    assert not np.allclose(got, model.apply({"params": to_dict(params)}, TARGET))
+
+    model, params = linen.Translator(MT), translator.init_params(jax.random.key(0), MT)
+    lengths = jnp.array([2, 6])
+    got = model.apply({"params": to_dict(params)}, SOURCE, TARGET, source_lengths=lengths)
+    expected = translator.apply(params, SOURCE, TARGET, MT, source_lengths=lengths)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+    assert not np.allclose(got, model.apply({"params": to_dict(params)}, SOURCE, TARGET))
+
+
+DROPS = {
+    "attention": (linen.MultiHeadAttention(ATTENTION, dropout_rate=0.5), (X,)),
+    "language_model": (linen.LanguageModel(language_model.Config(**vars(LM) | {"dropout": 0.5})), (TARGET,)),
+    "attention of a language_model": (
+        linen.LanguageModel(language_model.Config(**vars(LM) | {"attention_dropout": 0.5})), (TARGET,),
+    ),
+    "translator": (linen.Translator(translator.Config(**vars(MT) | {"dropout": 0.5})), (SOURCE, TARGET)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module, inputs", DROPS.values(), ids=DROPS)
+def test_dropout_takes_its_rng(module, inputs):
+    variables = jax.jit(module.init)(jax.random.key(0), *inputs)
+    train = jax.jit(lambda key: module.apply(variables, *inputs, deterministic=False, rngs={"dropout": key}))
+    one, again, other = train(jax.random.key(1)), train(jax.random.key(1)), train(jax.random.key(2))
+    evaluated = jax.jit(lambda: module.apply(variables, *inputs))()
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other) and not np.allclose(one, evaluated)
+    with pytest.raises(InvalidRngError, match="dropout"):
+        module.apply(variables, *inputs, deterministic=False)
+
+
+def test_dropout_is_the_functions():
+    layer, params = linen.MultiHeadAttention(ATTENTION, dropout_rate=0.5), attention.init_params(
+        jax.random.key(0), ATTENTION
+    )
+    variables = {"params": to_dict(params)}
+    outputs = [
+        layer.apply(variables, X, deterministic=False, rngs={"dropout": jax.random.key(seed)}) for seed in range(400)
+    ]
+    expected = attention.apply(params, X, ATTENTION)
+    errors = np.abs(np.mean(outputs, axis=0) - expected)
+    assert errors.max() < 6 * np.std(outputs, axis=0).max() / 20  # dropped weights are scaled up: right on average
+    with pytest.raises(TypeError, match="dropout_rate"):
+        layer.apply(variables, X, deterministic=False, dropout_rate=0.1, rngs={"dropout": jax.random.key(0)})
+
+
+def test_without_dropout_no_rng_is_needed():
+    for module, _, inputs in CASES.values():
+        variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        jax.eval_shape(lambda v, m=module, i=inputs: m.apply(v, *i, deterministic=False), variables)
+
+
+def test_parameters_of_another_config_are_refused():
+    layer = linen.MultiHeadAttention(ATTENTION)
+    other = attention.Config(**HEADS | {"num_heads": 3})
+    with pytest.raises(ScopeParamShapeError, match="w_q"):
+        layer.apply({"params": to_dict(attention.init_params(jax.random.key(0), other))}, X)
+    biased = {"params": to_dict(attention.init_params(jax.random.key(0), attention.Config(**HEADS, use_bias=True)))}
+    with pytest.raises(ValueError, match="b_k.*another config"):
+        layer.apply(biased, X)
+    with pytest.raises(ValueError, match="b_k.*another config"):
+        linen.functional(layer, biased)
+
+    deeper = language_model.init_params(jax.random.key(0), language_model.Config(**vars(LM) | {"num_layers": 3}))
+    with pytest.raises(ScopeParamShapeError, match="stack"):
+        linen.LanguageModel(LM).apply({"params": to_dict(deeper)}, TARGET)
+    ungated = language_model.init_params(jax.random.key(0), language_model.Config(**vars(LM) | {"activation": "gelu"}))
+    with pytest.raises(ValueError, match=r"stack\.layers\.mlp must hold .*w_gate"):
+        linen.functional(linen.LanguageModel(LM), to_dict(ungated))
+
+
+class Sandwich(nn.Module):
+    """A user's model: dense, attention, dense."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(D)(x)
+        x = x + linen.MultiHeadAttention(ATTENTION, dropout_rate=0.1, name="attention")(x, deterministic=not train)
+        return nn.Dense(3)(nn.LayerNorm()(x))
+
+
+class Classifier(nn.Module):
+    """A user's model around a whole language model."""
+
+    @nn.compact
+    def __call__(self, tokens, train=False):
+        x = linen.LanguageModel(LM, name="model").features(tokens, deterministic=not train)
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize("model, x", [(Sandwich(), X), (Classifier(), TARGET)], ids=["layer", "model"])
+def test_trains_inside_a_users_model_without_recompiling(model, x):
+    variables = model.init(jax.random.key(0), x)
+    labels = jax.random.randint(jax.random.key(5), (B, T), 0, 3)
+    optimizer = optax.adam(1e-2)
+
+    def loss(params, key):
+        logits = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, state, key):
+        value, grads = jax.value_and_grad(loss)(params, key)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, value, grads
+
+    params, state, losses, grads = variables["params"], optimizer.init(variables["params"]), [], None
+    for key in jax.random.split(jax.random.key(6), 40):
+        params, state, value, grads = step(params, state, key)
+        losses.append(float(value))
+    assert losses[-1] < 0.5 * losses[0]
+    ours = flatten_dict(grads["attention" if "attention" in grads else "model"], sep="/")
+    flat = {name for name, grad in ours.items() if not jnp.any(grad)}
+    assert flat <= {"stack/layers/attention/b_k"}  # softmax does not see a shift of all keys (but for the rotation)
+
+
+def test_vmap_over_seeds():
+    layer = linen.MultiHeadAttention(ATTENTION)
+    seeds = jax.random.split(jax.random.key(0), 3)
+    variables = jax.vmap(layer.init, in_axes=(0, None))(seeds, X)
+    assert variables["params"]["w_q"].shape == (3, N, D, H)
+    out = jax.vmap(layer.apply, in_axes=(0, None))(variables, X)
+    for i, seed in enumerate(seeds):
+        np.testing.assert_allclose(out[i], layer.apply(layer.init(seed, X), X), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(out[0], out[1])
+    assert linen.functional(layer, variables).w_q.shape == (3, N, D, H)

@@ -1,0 +1,183 @@
+"""Masks against NumPy, whole and in blocks, alone and combined, through JAX's transformations."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mhajax import masks
+from mhajax.masks import Tokens
+
+B, N, T, S = 2, 3, 5, 7
+LENGTHS = np.array([4, 0])
+QUERY_SEGMENTS = np.array([[0, 0, 1, 1, 2], [0, 1, 1, 1, 1]])
+KEY_SEGMENTS = np.array([[0, 1, 1, 2, 2, 2, 3], [1, 1, 0, 0, 1, 1, 1]])
+_random = np.random.default_rng(0)
+PAIRS, EXAMPLES, HEADS, ALL = (_random.random(shape) < 0.5 for shape in ((T, S), (B, T, S), (N, T, S), (B, N, T, S)))
+
+# name: (mask, what it says about every pair, broadcast to [B, N, T, S])
+CAUSAL = np.arange(S)[None, :] <= np.arange(T)[:, None]
+TRUTH = {
+    "causal": (masks.causal(), CAUSAL),
+    "lengths": (masks.lengths(LENGTHS), (np.arange(S) < LENGTHS[:, None])[:, None, None, :]),
+    "length": (masks.lengths(3), np.arange(S) < 3),
+    "segments": (
+        masks.segments(QUERY_SEGMENTS, KEY_SEGMENTS),
+        (QUERY_SEGMENTS[:, :, None] == KEY_SEGMENTS[:, None, :])[:, None],
+    ),
+    "segments of one text": (
+        masks.segments(QUERY_SEGMENTS[0], KEY_SEGMENTS[0]),
+        QUERY_SEGMENTS[0][:, None] == KEY_SEGMENTS[0],
+    ),
+    "dense": (masks.dense(PAIRS), PAIRS),
+    "dense, all axes": (masks.dense(ALL), ALL),
+    "dense, shared heads": (masks.dense(ALL[:, :1]), ALL[:, :1]),
+    "dense, shared queries": (masks.dense(ALL[:, :, :1]), ALL[:, :, :1]),
+    "dense, shared keys": (masks.dense(ALL[..., :1]), ALL[..., :1]),
+    "per example": (masks.per_example(EXAMPLES), EXAMPLES[:, None]),
+    "per head": (masks.per_head(HEADS), HEADS),
+    "and": (
+        masks.causal() & masks.lengths(LENGTHS),
+        CAUSAL & (np.arange(S) < LENGTHS[:, None])[:, None, None, :],
+    ),
+    "or": (masks.causal() | masks.per_head(HEADS), CAUSAL | HEADS),
+    "not": (~masks.causal(), ~CAUSAL),
+    "nested": (
+        ~(masks.causal() & masks.per_example(EXAMPLES)) | masks.dense(PAIRS),
+        ~(CAUSAL & EXAMPLES[:, None]) | PAIRS,
+    ),
+}
+
+
+def whole(mask, queries=T, keys=S):
+    return np.broadcast_to(mask.block(masks.tokens(queries), masks.tokens(keys)), (B, N, queries, keys))
+
+
+@pytest.mark.parametrize("name", TRUTH)
+def test_a_mask_says_what_numpy_says(name):
+    mask, truth = TRUTH[name]
+    np.testing.assert_array_equal(whole(mask), np.broadcast_to(truth, (B, N, T, S)))
+
+
+@pytest.mark.parametrize("name", TRUTH)
+def test_a_block_is_that_part_of_the_whole(name):
+    """Static and dynamic starts, with positions that go with the indices."""
+    mask, truth = TRUTH[name]
+    truth = np.broadcast_to(truth, (B, N, T, S))
+
+    @jax.jit
+    def block(mask, t, s):
+        return mask.block(Tokens(t, t + jnp.arange(2)), Tokens(s, s + jnp.arange(3)))
+
+    for t, s in ((0, 0), (1, 4), (3, 2)):
+        expected = truth[:, :, t : t + 2, s : s + 3]
+        np.testing.assert_array_equal(np.broadcast_to(block(mask, t, s), expected.shape), expected)
+    static = mask.block(Tokens(3, jnp.arange(3, 5)), Tokens(4, jnp.arange(4, 7)))
+    np.testing.assert_array_equal(np.broadcast_to(static, (B, N, 2, 3)), truth[:, :, 3:, 4:])
+
+
+def test_causal_compares_positions_and_lengths_compare_indices():
+    queries, keys = Tokens(0, jnp.array([10, 3])), Tokens(0, jnp.array([2, 9, 10, 11]))
+    np.testing.assert_array_equal(
+        masks.causal().block(queries, keys), [[True, True, True, False], [True, False, False, False]]
+    )
+    np.testing.assert_array_equal(masks.lengths(2).block(queries, keys), [[True, True, False, False]])
+
+
+def test_positions_may_differ_between_examples():
+    queries, keys = jnp.array([[0, 1], [5, 6]]), jnp.array([[0, 1, 2], [4, 6, 7]])
+    block = masks.causal().block(Tokens(0, queries), Tokens(0, keys))
+    assert block.shape == (2, 1, 2, 3)
+    np.testing.assert_array_equal(block[:, 0], keys[:, None, :] <= queries[:, :, None])
+
+
+def test_masks_go_through_jit_vmap_and_scan():
+    make = lambda lengths: masks.causal() & masks.lengths(lengths)  # noqa: E731
+    expected = np.stack([np.broadcast_to(CAUSAL & (np.arange(S) < n), (T, S)) for n in range(4)])
+    evaluate = lambda mask: jnp.broadcast_to(mask.block(masks.tokens(T), masks.tokens(S)), (T, S))  # noqa: E731
+
+    stacked = jax.vmap(make)(jnp.arange(4))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(evaluate))(stacked), expected)
+    np.testing.assert_array_equal(jax.lax.scan(lambda _, mask: (None, evaluate(mask)), None, stacked)[1], expected)
+    assert jax.tree.structure(stacked) == jax.tree.structure(make(2))
+
+
+def test_a_mask_holds_no_pairs_unless_it_was_given_pairs():
+    assert jax.tree.leaves(masks.causal()) == []
+    assert [leaf.shape for leaf in jax.tree.leaves(masks.causal() & masks.lengths(LENGTHS))] == [(B,)]
+
+
+def test_a_boolean_array_becomes_a_dense_mask_and_nothing_else_changes():
+    assert masks.as_mask(None) is None
+    mask = masks.causal()
+    assert masks.as_mask(mask) is mask
+    np.testing.assert_array_equal(whole(masks.as_mask(PAIRS)), np.broadcast_to(PAIRS, (B, N, T, S)))
+
+
+# what is done: (kind of error, what its message must hold)
+ERRORS = {
+    "three axes": (
+        partial(masks.dense, np.ones((N, T, S), bool)),
+        ValueError,
+        ("masks.dense", "[T, S] or [B, N, T, S]", "(3, 5, 7)", "masks.per_example", "masks.per_head"),
+    ),
+    "one axis": (partial(masks.dense, np.ones(S, bool)), ValueError, ("masks.dense", "(7,)")),
+    "numbers": (
+        partial(masks.dense, np.ones((T, S), int)),
+        TypeError,
+        ("masks.dense", "boolean", "True = may attend", "int", "!= 0", "bias="),
+    ),
+    "numbers per example": (
+        partial(masks.per_example, np.ones((B, T, S))),
+        TypeError,
+        ("masks.per_example", "boolean", "float"),
+    ),
+    "example without batch": (
+        partial(masks.per_example, PAIRS),
+        ValueError,
+        ("masks.per_example", "[B, T, S]", "(5, 7)", "masks.dense"),
+    ),
+    "heads with batch": (
+        partial(masks.per_head, ALL),
+        ValueError,
+        ("masks.per_head", "[N, T, S]", "(2, 3, 5, 7)", "masks.dense"),
+    ),
+    "numbers per head": (partial(masks.per_head, np.ones((N, T, S))), TypeError, ("masks.per_head", "boolean")),
+    "lengths that are booleans": (
+        partial(masks.lengths, np.ones((B, S), bool)),
+        TypeError,
+        ("masks.lengths", "integers", "bool", "masks.dense(array[:, None, None, :])"),
+    ),
+    "lengths that are floats": (partial(masks.lengths, 3.0), TypeError, ("masks.lengths", "integers", "float32")),
+    "and with an array": (
+        lambda: masks.causal() & PAIRS,
+        TypeError,
+        ("&", "two masks", "ndarray", "masks.dense(array)"),
+    ),
+    "or with None": (lambda: masks.causal() | None, TypeError, ("|", "two masks", "NoneType")),
+    "too few queries": (
+        lambda: whole(masks.dense(PAIRS), queries=T + 1),
+        ValueError,
+        ("made for 5 tokens", "asked about 6", "queries", "(5, 7)"),
+    ),
+    "too few keys": (
+        lambda: whole(masks.dense(PAIRS), keys=S + 2),
+        ValueError,
+        ("made for 7 tokens", "asked about 9", "(5, 7)"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_say_what_was_expected_and_what_came(name):
+    do, kind, parts = ERRORS[name]
+    with pytest.raises(kind) as caught:
+        do()
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_a_new_mask_defines_one_thing():
+    with pytest.raises(NotImplementedError):
+        masks.Mask().block(masks.tokens(T), masks.tokens(S))
