@@ -28,7 +28,7 @@ from mhajax.attention import Config as AttentionConfig
 from mhajax.attention import Params as AttentionParams
 from mhajax.attention import apply, apply_captured, init_params
 
-__version__ = "0.1.0"
+from mhajax.version import __version__
 
 __all__ = [
     "AttentionConfig",
