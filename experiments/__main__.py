@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
+from experiments import host
 from experiments.errors import UserError
 
 _DESCRIPTION = """\
@@ -54,9 +55,12 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="TOML lines that override the config")
     parser.add_argument("--runs", default="runs", help="where the folders of runs are made (default: runs)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, as the last line")
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files into the run folder")
     options = parser.parse_intermixed_args(arguments)
 
     from rich.console import Console
+
+    host.keep_memory()  # before jax allocates anything
 
     from experiments import run
     from mhajax import training
@@ -65,7 +69,7 @@ def _run(arguments: list[str]) -> int:
     config, folder = run.load(options.config, options.overrides, options.runs)
     console.print(f"[dim]run folder[/dim] {folder}", highlight=False, soft_wrap=True)
     try:
-        result = run.run(config, folder, console)
+        result = run.run(config, folder, console, tensorboard=options.tensorboard)
     except training.Interrupted as stop:
         print(f"{stop} The same command goes on from there.", file=sys.stderr)
         return 130

@@ -111,7 +111,7 @@ class Sampling:
 
     def __post_init__(self):
         if not self.prompt:
-            raise ValueError("prompt must not be empty; a line break is written \"\\n\".")
+            raise ValueError('prompt must not be empty; a line break is written "\\n".')
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}.")
         if self.temperature <= 0:

@@ -78,13 +78,13 @@ def measure(
     by_offset: dict[tuple[str, str], list[np.ndarray]] = {}
     for batch in batches.evaluation_pairs(pairs, batch_size=min(50, len(pairs)), boundaries=boundaries):
         real = batch.index >= 0
-        seen = jax.device_get(_spread(capture(batch), batch.source_lengths, batch.target_lengths))
-        for key, (total, count) in seen.items():
+        weights = capture(batch)
+        spread = jax.device_get(_spread(weights, batch.source_lengths, batch.target_lengths))
+        for key, (total, count) in spread.items():
             sums.setdefault(key, []).append(np.moveaxis(total, 1, 0)[real])  # [B, L, N]
             counts.setdefault(key, []).append(count[real])
         if gold is None:
             continue
-        weights = capture(batch)
         for question in QUESTIONS:
             key = (question.attention, question.name)
             array = getattr(weights, question.attention)["weights"]  # [L, B, N, T, S]
@@ -93,7 +93,7 @@ def measure(
                 if number >= 0:
                     for query, answer in question.gold(gold[number]):
                         right[row, query, answer] = True
-            asked = right.any(-1)
+            asked: np.ndarray = np.any(right, axis=-1)
             hit = np.asarray(patterns.hits(array, right[None, :, None])) & asked[None, :, None]
             sums.setdefault(key, []).append(np.moveaxis(hit.sum(-1), 1, 0)[real])
             counts.setdefault(key, []).append(asked.sum(-1)[real])
@@ -113,23 +113,32 @@ def show(console: Console, rows: list[Row], baseline: dict[tuple[str, str], floa
     for attention, title in (
         ("encoder", "Encoder heads: source to source"),
         ("decoder", "Decoder heads: target to target"),
-        ("cross", "Cross heads: target to source"),
+        ("cross", "Cross-attention heads: target to source"),
     ):
         of_kind = [row for row in rows if row.attention == attention]
         names = list(of_kind[0].measures)
-        table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=None, padding=(0, 2))
-        table.add_column("layer · head")
+        table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=None, padding=(0, 1))
+        table.add_column("layer·head", no_wrap=True)
         for name in names:
-            table.add_column(name, justify="right")
-        best = {name: max(row.measures[name].value for row in of_kind) for name in names if (attention, name) in baseline}
+            table.add_column(name, justify="right", no_wrap=True)
+        asked = [name for name in names if (attention, name) in baseline]
+        best = {name: np.nanmax([row.measures[name].value for row in of_kind]) for name in asked}
         for row in of_kind:
             cells = [_cell(name, row.measures[name], row.measures[name].value == best.get(name)) for name in names]
-            table.add_row(f"{row.layer} · {row.head}", *cells)
+            table.add_row(f"{row.layer}·{row.head}", *cells)
         if best:
-            cells = [f"{baseline[attention, name]:.0%}" if name in best else "" for name in names]
-            table.add_row("fixed offset", *cells, style="dim")
+            cells = [f"{100 * baseline[attention, name]:.0f}{' ' * 11}" if name in best else "" for name in names]
+            table.add_row("best offset", *cells, style="dim")
         console.print(table)
         console.print()
+    console.print(
+        "distance: tokens between query and what it looks at; entropy: 0 is one key, 1 all alike. Relations: % of the "
+        "queries whose most attended key is the right one, with the 95 % interval over sentences; best offset is what "
+        "always looking the same number of words away would reach." if baseline else
+        "distance: tokens between query and what it looks at; entropy: 0 is one key, 1 all alike.",
+        style="dim", highlight=False,
+    )  # fmt: skip
+    console.print()
 
 
 def as_json(rows: list[Row], baseline: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
@@ -154,8 +163,11 @@ def _cell(name: str, estimate: Estimate, best: bool) -> str:
         return f"{estimate.value:.1f}"
     if name == "entropy":
         return f"{estimate.value:.2f}"
-    text = f"{estimate.value:4.0%} [dim]{estimate.low:.0%}–{estimate.high:.0%}[/dim]"
-    return f"[bold]{text}[/bold]" if best else text
+    if np.isnan(estimate.value):
+        return "–"
+    value, low, high = (100 * part for part in estimate)
+    interval = f"{low:.0f}–{high:.0f}"
+    return f"{'[bold]' if best else ''}{value:.0f}{'[/bold]' if best else ''} [dim]{interval:>10}[/dim]"
 
 
 def _rows(attention: str, estimates: dict[tuple[str, str], Estimate]) -> list[Row]:

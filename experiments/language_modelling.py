@@ -108,7 +108,7 @@ def _vocabulary(config: LanguageModelling, corpus: corpora.TextCorpus, folder: P
 
 
 def _loss(model: linen.LanguageModel, label_smoothing: float, params, tokens, key):
-    features = model.apply(
+    features: Any = model.apply(
         {"params": params}, tokens[:, :-1], deterministic=False, rngs={"dropout": key}, method="features"
     )
     sums = losses.linear_cross_entropy(
@@ -122,7 +122,7 @@ def _validation_loss(config: LanguageModelling, model: linen.LanguageModel, toke
 
     @jax.jit
     def sums(params, batch):
-        features = model.apply({"params": params}, batch.tokens[:, :-1], method="features")
+        features: Any = model.apply({"params": params}, batch.tokens[:, :-1], method="features")
         real = jnp.arange(features.shape[1]) < batch.lengths[:, None]
         return losses.linear_cross_entropy(features, params["embedding"], batch.tokens[:, 1:], real, chunk=1024)
 

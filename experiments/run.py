@@ -1,13 +1,13 @@
 """The run folder, and the way from a config to a result in it. This is the one place where results are written.
 
-    runs/grammar-1a2b3c4d/
-      config.toml         every value, defaults spelled out
-      environment.json    versions of packages, hashes of the data, the machine
-      metrics.jsonl       a line a batch (loss, gradient norm, …) and a line an evaluation
-      checkpoints/        latest state, best parameters
-      vocabulary.json     the tokenizer
-      figures/            pictures, each as SVG and PNG with its CSV
-      result.json         written last: a run with a result is finished
+runs/grammar-1a2b3c4d/
+  config.toml         every value, defaults spelled out
+  environment.json    versions of packages, hashes of the data, the machine
+  metrics.jsonl       a line a batch (loss, gradient norm, …) and a line an evaluation
+  checkpoints/        latest state, best parameters
+  vocabulary.json     the tokenizer
+  figures/            pictures, each as SVG and PNG with its CSV
+  result.json         written last: a run with a result is finished
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,16 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments import config as configs
 from experiments import language_modelling, schema, translation
-from experiments.errors import ConfigError, UserError
+from experiments.errors import ConfigError, DataError, UserError
+from experiments.progress import Board, Display, Times, write
 from experiments.task import Task
 from mhajax import training
 
-CONFIG, METRICS, RESULT, TIMES = "config.toml", "metrics.jsonl", "result.json", "times.json"
+CONFIG, ENVIRONMENT, METRICS = "config.toml", "environment.json", "metrics.jsonl"
+RESULT = "result.json"
 _PACKAGES = ("mhajax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "sacrebleu")
 
 
@@ -71,23 +71,31 @@ def prepare(config: configs.Experiment, folder: Path) -> Task:
     return module.prepare(config, folder)  # pyright: ignore[reportArgumentType]
 
 
-def run(config: configs.Experiment, folder: Path, console: Console) -> dict[str, Any]:
+def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboard: bool = False) -> dict[str, Any]:
     """Train (or go on training), evaluate, report, and write the result.
 
     A finished run is not trained again: its best parameters are evaluated and reported anew.
 
+    Args:
+      config: from `load`.
+      folder: of the run; made if it is not there.
+      console: where a person reads.
+      tensorboard: also write the metrics for TensorBoard, to `folder`/tensorboard.
+
     Returns:
       What stands in result.json.
     """
-    times = _Times(folder)
+    times = Times(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finished = (folder / RESULT).is_file()
-    _write(folder / CONFIG, schema.to_toml(config))
     task = prepare(config, folder)
-    _write(folder / "environment.json", json.dumps(_environment(task), indent=2) + "\n")
+    _same_data(folder, task)
+    write(folder / CONFIG, schema.to_toml(config))
+    write(folder / ENVIRONMENT, json.dumps(_environment(task), indent=2) + "\n")
     for note in task.notes:
-        console.print(note, style="dim", highlight=False)
-    state, checkpoints = _train(config.training, task, folder, console, times)
+        console.print(note, style="dim", highlight=False, soft_wrap=True)
+    with Board(folder if tensorboard else None) as board:
+        state, checkpoints = _train(config.training, task, folder, console, times, board)
     console.print()
     best = checkpoints.best_score()
     params = state.evaluated if best is None else checkpoints.best(state.evaluated)
@@ -98,10 +106,10 @@ def run(config: configs.Experiment, folder: Path, console: Console) -> dict[str,
         "seeds": config.training.seeds,
         "steps": config.training.steps,
         "best_step": config.training.steps if best is None else int(best["step"]),
-        **times.summary(keep=finished),
+        **(_timing_of(folder) if finished else times.summary()),
     }
     _curve(folder, config)
-    _write(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     console.print(
         f"{result['parameters']:,} parameters, {result['seconds']:.0f} s, "
         f"{result['tokens_per_second']:,.0f} tokens/s in training · everything is in {folder}",
@@ -128,11 +136,17 @@ def trained(config: configs.Experiment, folder: Path) -> tuple[Task, Any]:
     return task, params
 
 
+def _timing_of(folder: Path) -> dict[str, float]:
+    """How long a finished run took; looking at it again does not change that."""
+    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    return {name: result[name] for name in ("seconds", "tokens_per_second")}
+
+
 def _new_state(config: training.Config, task: Task) -> training.State:
     return training.init(task.init_params, training.optimizer(config), config)
 
 
-def _train(config: training.Config, task: Task, folder: Path, console: Console, times: _Times):
+def _train(config: training.Config, task: Task, folder: Path, console: Console, times: Times, board: Board):
     """Train to the end, from the latest checkpoint if there is one."""
     optimizer = training.optimizer(config)
     state = _new_state(config, task)
@@ -151,7 +165,7 @@ def _train(config: training.Config, task: Task, folder: Path, console: Console, 
     if done:
         console.print(f"[dim]going on after batch {done} of {config.steps}[/dim]", highlight=False)
     step = training.make_step(task.loss, optimizer, config)
-    with open(folder / METRICS, "a", encoding="utf-8") as metrics, _Display(console, config, task, done) as display:
+    with open(folder / METRICS, "a", encoding="utf-8") as metrics, Display(console, config, task, done) as display:
 
         def record(lines: list[dict[str, Any]]) -> None:
             metrics.writelines(json.dumps(line) + "\n" for line in lines)
@@ -159,6 +173,7 @@ def _train(config: training.Config, task: Task, folder: Path, console: Console, 
             os.fsync(metrics.fileno())
             times.save(lines[-1]["step"])
             display.show(lines, times)
+            board.show(lines)
 
         def evaluate(params: Any) -> dict[str, list[float]]:
             with times.paused():
@@ -173,115 +188,6 @@ def _train(config: training.Config, task: Task, folder: Path, console: Console, 
             state, step, counted, config, evaluate=evaluate, checkpoints=checkpoints, record=record
         )  # fmt: skip
     return state, checkpoints
-
-
-class _Display:
-    """A progress bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, config: training.Config, task: Task, done: int):
-        self._console, self._config, self._task = console, config, task
-        self._bar = Progress(
-            TextColumn("training"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task_id = self._bar.add_task("training", total=config.steps, completed=done, note="compiling …")
-        self._printed = time.monotonic()
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
-
-    def show(self, lines: list[dict[str, Any]], times: _Times) -> None:
-        """News: batches, or an evaluation."""
-        step = lines[-1]["step"]
-        losses = [np.mean(line["loss"]) for line in lines if "loss" in line]
-        if losses:
-            note = f"loss {np.mean(losses):.3f} · {times.tokens_per_second():,.0f} tokens/s"
-            if self._task.epoch:
-                note += f" · epoch {step / self._task.epoch:.1f}"
-            self._bar.update(self._task_id, completed=step, note=note)
-            if not self._console.is_terminal and time.monotonic() - self._printed > 10:
-                self._printed = time.monotonic()
-                self._console.print(f"batch {step} of {self._config.steps} · {note}", highlight=False)
-        else:
-            shown = " · ".join(
-                f"{name.replace('_', ' ')} {np.mean(value):.3f}"
-                for name, value in lines[-1].items() if name not in ("step", "score")
-            )  # fmt: skip
-            self._console.print(f"[dim]batch {step}:[/dim] {shown}", highlight=False)
-
-
-class _Times:
-    """Seconds and tokens of a run, added up over all the processes that worked on it."""
-
-    def __init__(self, folder: Path):
-        self._file = folder / TIMES
-        self._began = time.monotonic()
-        self._before = {"seconds": 0.0, "training_seconds": 0.0, "tokens": 0}
-        self._training_began: float | None = None
-        self._paused = 0.0
-        self.tokens = 0
-
-    def start(self, done: int) -> None:
-        """Training begins after `done` batches; what earlier processes did beyond them is lost work."""
-        saved = json.loads(self._file.read_text()) if self._file.is_file() else []
-        kept = [entry for entry in saved if entry["step"] <= done]
-        self._before |= kept[-1] if kept else {}
-        self._saved = kept
-        self._training_began = time.monotonic()
-
-    def paused(self):
-        """A context whose time is not training's."""
-        return _Pause(self)
-
-    def add_pause(self, seconds: float) -> None:
-        self._paused += seconds
-
-    def save(self, step: int) -> None:
-        """Keep the sums as they are after this batch."""
-        self._saved = [*self._saved[-200:], {"step": step, **self._sums()}]
-        _write(self._file, json.dumps(self._saved))
-
-    def tokens_per_second(self) -> float:
-        """Real target tokens per second of training (this process), compilation included, evaluation not."""
-        began = self._began if self._training_began is None else self._training_began
-        return self.tokens / max(time.monotonic() - began - self._paused, 1e-9)
-
-    def summary(self, keep: bool) -> dict[str, float]:
-        """`seconds` of the whole run and `tokens_per_second` of its training; those of a finished run stay."""
-        result = self._file.parent / RESULT
-        if keep:
-            old = json.loads(result.read_text())
-            return {name: old[name] for name in ("seconds", "tokens_per_second")}
-        trained = self._before if not self.tokens else self._saved[-1]
-        return {
-            "seconds": round(self._before["seconds"] + time.monotonic() - self._began, 1),
-            "tokens_per_second": round(trained["tokens"] / max(trained["training_seconds"], 1e-9), 1),
-        }
-
-    def _sums(self) -> dict[str, float]:
-        now = time.monotonic()
-        began = now if self._training_began is None else self._training_began
-        return {
-            "seconds": self._before["seconds"] + now - self._began,
-            "training_seconds": self._before["training_seconds"] + now - began - self._paused,
-            "tokens": self._before["tokens"] + self.tokens,
-        }
-
-
-class _Pause:
-    def __init__(self, times: _Times):
-        self._times = times
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *_: Any) -> None:
-        self._times.add_pause(time.monotonic() - self._began)
 
 
 def _curve(folder: Path, config: configs.Experiment) -> None:
@@ -317,15 +223,20 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _forget_after(path: Path, step: int) -> None:
     """Remove the lines of batches that the resumed run will see again."""
     kept = [json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step]
-    _write(path, "".join(kept))
+    write(path, "".join(kept))
 
 
-def _write(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(content, encoding="utf-8")
-    part.replace(path)
+def _same_data(folder: Path, task: Task) -> None:
+    """Refuse to go on with data other than those the run began with."""
+    path = folder / ENVIRONMENT
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))["data_sha256"]
+        changed = sorted(name for name in before | task.hashes if before.get(name) != task.hashes.get(name))
+        if changed:
+            raise DataError(
+                f"{folder}: this run began with other data: {', '.join(changed)} changed since. Bring the old data "
+                "back, or start a new run with --runs FOLDER."
+            )
 
 
 def _environment(task: Task) -> dict[str, Any]:

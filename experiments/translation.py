@@ -173,7 +173,7 @@ def _loss(model: linen.Translator, label_smoothing: float, params, batch: batche
     return sums.loss / sums.weight, {"accuracy": sums.correct / sums.weight}
 
 
-def _token_sums(features, table, batch: batches.PairBatch, label_smoothing: float) -> losses.Sums:
+def _token_sums(features, table, batch, label_smoothing: float) -> losses.Sums:
     real = jnp.arange(features.shape[1]) < batch.target_lengths[:, None]
     return losses.linear_cross_entropy(
         features, table, batch.target[:, 1:], real, label_smoothing=label_smoothing, chunk=1024
@@ -246,7 +246,9 @@ def mean_and_spread(scores: dict[str, list[float]]) -> dict[str, Any]:
 
 def _write_translations(path: Path, sources: list[str], references: list[str], outputs: list[str]) -> None:
     lines = ["source\treference\ttranslation"]
-    lines += ["\t".join(text.replace("\t", " ") for text in row) for row in zip(sources, references, outputs, strict=True)]
+    lines += [
+        "\t".join(text.replace("\t", " ") for text in row) for row in zip(sources, references, outputs, strict=True)
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -274,14 +276,16 @@ def _show_sample(console: Console, pairs: corpora.Sentences, outputs: list[str],
         console.print(f"  [dim]reference [/dim] {mark}\n", highlight=False, soft_wrap=True)
 
 
-def _show_heads(config, corpus, words, model, params, test: str, folder: Path, console: Console) -> list[dict[str, Any]]:
+def _show_heads(
+    config, corpus, words, model, params, test: str, folder: Path, console: Console
+) -> list[dict[str, Any]]:
     """The table of the heads and the picture of cross-attention, for the first seed."""
     from mhajax import figures
 
     functional = linen.functional(model, params)
 
     @jax.jit
-    def capture(batch: batches.PairBatch) -> translator.Seen:
+    def capture(batch) -> translator.Seen:
         return translator.apply_captured(
             functional, batch.source, batch.target[:, :-1], model.config, source_lengths=batch.source_lengths
         )[1]

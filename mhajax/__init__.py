@@ -27,10 +27,10 @@ from mhajax import attention, cache, decoding, language_model, losses, masks, po
 from mhajax.attention import Config as AttentionConfig
 from mhajax.attention import Params as AttentionParams
 from mhajax.attention import apply, apply_captured, init_params
-
 from mhajax.version import __version__
 
 __all__ = [
+    "__version__",
     "AttentionConfig",
     "AttentionParams",
     "apply",

@@ -245,6 +245,7 @@ def keys_values(
       Keys [..., K, S, H] and values [..., K, S, Hv].
     """
     _check_input("memory", memory, config)
+    _check_params(params, config)
     params = jax.tree.map(lambda w: w.astype(memory.dtype), params)
     spoilt = None
     if masked:

@@ -148,7 +148,7 @@ def run(
     x = x + dropout(y, config.dropout, keys[1])
 
     seen_across = {}
-    if params.cross is not None and params.cross_norm is not None:
+    if params.cross is not None and params.cross_norm is not None and memory is not None:
         if not isinstance(memory, KeysValues):
             memory = attention.keys_values(params.cross, memory, config, masked=memory_mask is not None)
         y, seen_across = attention.apply_to(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from mhajax import attention
 
@@ -28,14 +29,12 @@ class Cache(NamedTuple):
 def init(leading: Sequence[int], capacity: int, config: attention.Config, dtype=jnp.float32) -> Cache:
     """An empty cache for inputs [*leading, T, D]."""
     heads = (*leading, config.kv_heads, capacity)
-    return Cache(
-        jnp.zeros((*heads, config.width), dtype), jnp.zeros((*heads, config.value_width), dtype), jnp.int32(0)
-    )
+    return Cache(jnp.zeros((*heads, config.width), dtype), jnp.zeros((*heads, config.value_width), dtype), jnp.int32(0))
 
 
 def check_room(cache: Cache, size: int) -> None:
     """Raise a ValueError if `size` more tokens are known not to fit; the cache may be that of a stack, [L, ...]."""
-    known = not isinstance(cache.length, jax.core.Tracer)
+    known = not isinstance(cache.length, Tracer)
     length = int(jnp.max(cache.length)) if known else 0
     if length + size > cache.capacity:
         raise ValueError(

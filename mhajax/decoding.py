@@ -120,8 +120,8 @@ def beam_search(
 ) -> Beam:
     """The most likely texts, as far as k alternatives at a time can tell.
 
-    Texts that are over are ranked by log-probability / ((5 + number of tokens) / 6)^length_penalty. An example stops when
-    no text under way can still beat its k finished ones.
+    Texts that are over are ranked by log-probability / ((5 + number of tokens) / 6)^length_penalty. An example stops
+    when no text under way can still beat its k finished ones.
 
     Args:
       step: the model, for B·k rows: the k texts of an example are neighbours.

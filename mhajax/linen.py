@@ -7,8 +7,7 @@ NamedTuples that every function of this library takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -98,18 +97,17 @@ def functional(module: Any, variables: Mapping[str, Any]) -> Any:
     Raises:
       ValueError: if a parameter is missing or unknown, with its path.
     """
-    return from_dict(variables.get("params", variables), jax.eval_shape(_init(module), jax.random.key(0)))
+    return from_dict(variables.get("params", variables), _template(module))
 
 
-def _init(module: Any) -> Callable[[Array], Any]:
-    """The function that makes the parameters from a key."""
-    return partial(module.functions.init_params, config=module.config)
+def _template(module: Any) -> Any:
+    return jax.eval_shape(lambda: module.functions.init_params(jax.random.key(0), module.config))
 
 
 def _params(module: Any) -> Any:
     """The module's parameters, made when it is initialised, in the form that the functions take."""
-    template = jax.eval_shape(_init(module), jax.random.key(0))
-    make = lambda key, name: to_dict(_init(module)(key))[name]  # noqa: E731
+    template = _template(module)
+    make = lambda key, name: to_dict(module.functions.init_params(key, module.config))[name]  # noqa: E731
     params = {name: module.param(name, make, name) for name in to_dict(template)}
     # Flax does not mind parameters that nobody asks for; biases that the config does not have are another config's.
     unused = {name: None for name in template._fields if name not in params and module.has_variable("params", name)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +79,9 @@ def linear_cross_entropy(
         flat = a.reshape(count, *width)
         return jnp.pad(flat, ((0, padding), *((0, 0) for _ in width))).reshape(-1, chunk, *width)
 
-    return Sums(
-        *_chunked(
-            float(label_smoothing), chunks(features, features.shape[-1]), table, chunks(targets), chunks(weights)
-        )
-    )
+    flat = (chunks(features, features.shape[-1]), table, chunks(targets), chunks(weights))
+    sums: Any = _chunked(float(label_smoothing), *flat)
+    return Sums(*sums)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -15,7 +15,7 @@ examples or all heads share a mask. A three-axis array is never guessed to be pe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class Tokens(NamedTuple):
     @property
     def index(self) -> Array:
         """Indices in the arrays, [t]."""
-        return self.start + jnp.arange(self.position.shape[-1])
+        return jnp.asarray(self.start) + jnp.arange(self.position.shape[-1])
 
 
 def tokens(size: int, position: Array | None = None) -> Tokens:
@@ -63,6 +63,7 @@ class Mask:
         return Not(self)
 
 
+@dataclass_transform(frozen_default=True, eq_default=False)
 def _mask(cls):
     return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False)(cls))
 

@@ -9,8 +9,8 @@ from jax import Array
 def rotary(x: Array, positions: Array, *, base: float = 10_000.0) -> Array:
     """Turn queries or keys by an angle that grows with their position, so that logits depend on distance only.
 
-    Channel pairs (i, i + H/2) are turned by `position · base^(-2i/H)`: the halves convention of Llama and GPT-NeoX. Give
-    it to attention as it is, `rotate=positions.rotary`, or with another base through `functools.partial`.
+    Channel pairs (i, i + H/2) are turned by `position · base^(-2i/H)`: the halves convention of Llama and GPT-NeoX.
+    Give it to attention as it is, `rotate=positions.rotary`, or with another base through `functools.partial`.
 
     Args:
       x: [..., T, H], H even.

@@ -141,18 +141,14 @@ def optimizer(config: Config) -> optax.GradientTransformation:
         ),
         "adam": lambda: optax.adam(rate, config.beta1, config.beta2, eps=1e-9),
         "sgd": lambda: optax.sgd(rate, momentum=config.beta1),
-        "lion": lambda: optax.lion(
-            rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed
-        ),
+        "lion": lambda: optax.lion(rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed),
     }[config.optimizer]()
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     chain = optax.chain(clip, update)
     return chain if config.accumulate == 1 else optax.MultiSteps(chain, config.accumulate).gradient_transformation()
 
 
-def init(
-    init_params: Callable[[Array], Params], optimizer: optax.GradientTransformation, config: Config
-) -> State:
+def init(init_params: Callable[[Array], Params], optimizer: optax.GradientTransformation, config: Config) -> State:
     """The state before the first batch: for each seed, `init_params(key)` and a fresh optimiser."""
     keys = jnp.stack([jax.random.key(config.seed + i) for i in range(config.seeds)])
 
@@ -300,9 +296,11 @@ class Checkpoints:
           like: a state of the same shapes.
 
         Raises:
-          ValueError: if the saved arrays have other shapes: the checkpoint belongs to another config.
+          ValueError: if nothing was saved, or arrays of other shapes: the checkpoint belongs to another config.
         """
         step = self.latest_step()
+        if step is None:
+            raise ValueError(f"training.Checkpoints: {self.folder / 'latest'} holds no state; save one first.")
         self._check_shapes(self._latest, step, like._asdict())
         return State(**self._latest.restore(step, args=self._ocp.args.StandardRestore(_abstract(like._asdict()))))
 
@@ -405,5 +403,3 @@ def _stop_signals() -> Iterator[list[str]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

@@ -62,8 +62,12 @@ def select(cache: Cache, rows: Array) -> Cache:
     return Cache(cache.k[:, rows], cache.v[:, rows], cache.length)
 
 
-def keys_values(params: Params, memory: Array, config: Config, *, masked: bool = True) -> KeysValues:
+def keys_values(params: Params, memory: Array, config: attention.Config, *, masked: bool = True) -> KeysValues:
     """The memory projected to keys and values for every layer's cross attention, every leaf [L, ...]."""
+    if params.layers.cross is None:
+        raise ValueError(
+            "transformer.keys_values: params have no cross attention; init_params(…, cross=True) makes it."
+        )
     project = partial(attention.keys_values, memory=memory, config=config, masked=masked)
     return jax.vmap(project)(params.layers.cross)
 

@@ -172,9 +172,7 @@ def extend(
 def select(state: State, rows: Array) -> State:
     """The translations of these rows of the batch, in this order; rows may repeat. For sources [B, S]."""
     lengths = None if state.source_lengths is None else state.source_lengths[rows]
-    return State(
-        transformer.select(state.written, rows), jax.tree.map(lambda a: a[:, rows], state.source), lengths
-    )
+    return State(transformer.select(state.written, rows), jax.tree.map(lambda a: a[:, rows], state.source), lengths)
 
 
 def _run(

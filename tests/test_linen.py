@@ -1,5 +1,7 @@
 """Linen modules: the functions' numbers, inside anybody's Linen model."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,9 @@ from mhajax.tree import to_dict
 B, T, S, D, N, K, H, HV, V, F = 2, 5, 7, 10, 6, 3, 4, 9, 11, 13
 HEADS = dict(d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, value_dim=HV)
 ATTENTION = attention.Config(**HEADS)
-LM = language_model.Config(**HEADS, d_ff=F, num_layers=2, vocab_size=V, norm="layer", activation="swiglu", use_bias=True)
+LM = language_model.Config(
+    **HEADS, d_ff=F, num_layers=2, vocab_size=V, norm="layer", activation="swiglu", use_bias=True
+)
 MT = translator.Config(**HEADS, d_ff=F, encoder_layers=3, decoder_layers=2, vocab_size=V)
 
 X = jax.random.normal(jax.random.key(1), (B, T, D))
@@ -39,6 +43,11 @@ def call(functions, params, inputs, config, **options):
     return functions.apply(params, *inputs, config, **options)
 
 
+def program(function, *args):
+    """What JAX would compile, as text: equal programs have equal numbers and gradients, bit for bit."""
+    return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(function)(*args)))
+
+
 @each
 def test_init_makes_the_functions_parameters(module, functions, inputs):
     made = jax.eval_shape(module.init, jax.random.key(0), *inputs)
@@ -52,7 +61,9 @@ def test_paths_and_heads():
     assert {name: leaf.shape for name, leaf in params.items()} == {
         "w_q": (N, D, H), "w_k": (K, D, H), "w_v": (K, D, HV), "w_o": (N, HV, D)
     }  # fmt: skip
-    params = flatten_dict(jax.eval_shape(linen.Translator(MT).init, jax.random.key(0), SOURCE, TARGET)["params"], sep="/")
+    params = flatten_dict(
+        jax.eval_shape(linen.Translator(MT).init, jax.random.key(0), SOURCE, TARGET)["params"], sep="/"
+    )
     assert params["encoder/layers/attention/w_q"].shape == (3, N, D, H)
     assert params["decoder/layers/cross/w_o"].shape == (2, N, HV, D)
     assert params["embedding"].shape == (V, D)
@@ -68,22 +79,28 @@ def test_init_draws_every_head_anew():
 
 
 @each
-def test_same_numbers_and_gradients(module, functions, inputs):
+def test_same_program(module, functions, inputs):
+    params = functions.init_params(jax.random.key(0), module.config)
+    by_module = lambda params: module.apply({"params": to_dict(params)}, *inputs)  # noqa: E731
+    by_function = lambda params: call(functions, params, inputs, module.config)  # noqa: E731
+    assert program(by_module, params) == program(by_function, params)
+
+
+@pytest.mark.parametrize("name", ["attention", "language_model"])
+def test_same_numbers_and_gradients(name):
+    module, functions, inputs = CASES[name]
     params = functions.init_params(jax.random.key(0), module.config)
 
-    def by_module(params):
-        out = module.apply({"params": params}, *inputs)
-        return jnp.sum(jnp.sin(out)), out
+    @jax.jit
+    def both(params):
+        by_module = lambda params: jnp.sum(jnp.sin(module.apply({"params": params}, *inputs)))  # noqa: E731
+        by_function = lambda params: jnp.sum(jnp.sin(call(functions, params, inputs, module.config)))  # noqa: E731
+        return jax.value_and_grad(by_module)(to_dict(params)), jax.value_and_grad(by_function)(params)
 
-    def by_function(params):
-        out = call(functions, params, inputs, module.config)
-        return jnp.sum(jnp.sin(out)), out
-
-    grads, out = jax.jit(jax.grad(by_module, has_aux=True))(to_dict(params))
-    expected_grads, expected = jax.jit(jax.grad(by_function, has_aux=True))(params)
-    assert float(jnp.std(expected)) > 0.1
-    chex.assert_trees_all_close(out, expected, rtol=1e-6, atol=1e-6)
+    (out, grads), (expected, expected_grads) = both(params)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
     chex.assert_trees_all_close(grads, to_dict(expected_grads), rtol=1e-5, atol=1e-6)
+    assert all(float(jnp.std(grad)) > 1e-7 for grad in jax.tree.leaves(grads))
 
 
 @each
@@ -94,12 +111,12 @@ def test_round_trip(module, functions, inputs):
     assert type(linen.functional(module, to_dict(params))) is functions.Params
 
 
-def test_features():
-    for name, inputs in (("language_model", (TARGET,)), ("translator", (SOURCE, TARGET))):
-        module, functions, _ = CASES[name]
-        params = functions.init_params(jax.random.key(0), module.config)
-        got = module.apply({"params": to_dict(params)}, *inputs, method="features")
-        chex.assert_trees_all_close(got, functions.features(params, *inputs, module.config), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("name", ["language_model", "translator"])
+def test_features(name):
+    module, functions, inputs = CASES[name]
+    params = functions.init_params(jax.random.key(0), module.config)
+    by_module = lambda p: module.apply({"params": to_dict(p)}, *inputs, method="features")  # noqa: E731
+    assert program(by_module, params) == program(lambda p: functions.features(p, *inputs, module.config), params)
 
 
 def test_options_pass_through():
@@ -117,19 +134,22 @@ def test_options_pass_through():
         layer.apply(variables, X, no_such_option=1)
 
 
-def test_options_of_the_models_pass_through():
-    model, params = linen.LanguageModel(LM), language_model.init_params(jax.random.key(0), LM)
-    gates = Gates(jnp.zeros((2, N)))
-    got = model.apply({"params": to_dict(params)}, TARGET, gates=gates)
-    np.testing.assert_allclose(got, language_model.apply(params, TARGET, LM, gates=gates), rtol=1e-6, atol=1e-6)
-    assert not np.allclose(got, model.apply({"params": to_dict(params)}, TARGET))
-
-    model, params = linen.Translator(MT), translator.init_params(jax.random.key(0), MT)
-    lengths = jnp.array([2, 6])
-    got = model.apply({"params": to_dict(params)}, SOURCE, TARGET, source_lengths=lengths)
-    expected = translator.apply(params, SOURCE, TARGET, MT, source_lengths=lengths)
-    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
-    assert not np.allclose(got, model.apply({"params": to_dict(params)}, SOURCE, TARGET))
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("language_model", {"gates": Gates(jnp.zeros((2, N)))}),
+        ("language_model", {"mask": masks.lengths(jnp.array([2, 4]))}),
+        ("translator", {"source_lengths": jnp.array([2, 6])}),
+        ("translator", {"gates": translator.Gates(cross=jnp.zeros((2, N)))}),
+    ],
+)
+def test_options_of_the_models_pass_through(name, options):
+    module, functions, inputs = CASES[name]
+    params = functions.init_params(jax.random.key(0), module.config)
+    by_module = lambda p, **options: module.apply({"params": to_dict(p)}, *inputs, **options)  # noqa: E731
+    with_options = program(lambda p: by_module(p, **options), params)
+    assert with_options == program(lambda p: call(functions, p, inputs, module.config, **options), params)
+    assert with_options != program(by_module, params)
 
 
 DROPS = {
@@ -144,24 +164,24 @@ DROPS = {
 
 @pytest.mark.parametrize("module, inputs", DROPS.values(), ids=DROPS)
 def test_dropout_takes_its_rng(module, inputs):
-    variables = jax.jit(module.init)(jax.random.key(0), *inputs)
+    params = module.functions.init_params(jax.random.key(0), module.config)
+    variables = {"params": to_dict(params)}
     train = jax.jit(lambda key: module.apply(variables, *inputs, deterministic=False, rngs={"dropout": key}))
     one, again, other = train(jax.random.key(1)), train(jax.random.key(1)), train(jax.random.key(2))
-    evaluated = jax.jit(lambda: module.apply(variables, *inputs))()
     np.testing.assert_array_equal(one, again)
-    assert not np.allclose(one, other) and not np.allclose(one, evaluated)
+    assert not np.allclose(one, other)
+    evaluate = lambda p: module.apply({"params": to_dict(p)}, *inputs)  # noqa: E731
+    assert program(evaluate, params) == program(lambda p: module.functions.apply(p, *inputs, module.config), params)
     with pytest.raises(InvalidRngError, match="dropout"):
         module.apply(variables, *inputs, deterministic=False)
 
 
 def test_dropout_is_the_functions():
-    layer, params = linen.MultiHeadAttention(ATTENTION, dropout_rate=0.5), attention.init_params(
-        jax.random.key(0), ATTENTION
-    )
+    layer = linen.MultiHeadAttention(ATTENTION, dropout_rate=0.5)
+    params = attention.init_params(jax.random.key(0), ATTENTION)
     variables = {"params": to_dict(params)}
-    outputs = [
-        layer.apply(variables, X, deterministic=False, rngs={"dropout": jax.random.key(seed)}) for seed in range(400)
-    ]
+    train = lambda key: layer.apply(variables, X, deterministic=False, rngs={"dropout": key})  # noqa: E731
+    outputs = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(1), 400))
     expected = attention.apply(params, X, ATTENTION)
     errors = np.abs(np.mean(outputs, axis=0) - expected)
     assert errors.max() < 6 * np.std(outputs, axis=0).max() / 20  # dropped weights are scaled up: right on average
@@ -215,7 +235,7 @@ class Classifier(nn.Module):
 
 @pytest.mark.parametrize("model, x", [(Sandwich(), X), (Classifier(), TARGET)], ids=["layer", "model"])
 def test_trains_inside_a_users_model_without_recompiling(model, x):
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     labels = jax.random.randint(jax.random.key(5), (B, T), 0, 3)
     optimizer = optax.adam(1e-2)
 
@@ -223,21 +243,20 @@ def test_trains_inside_a_users_model_without_recompiling(model, x):
         logits = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
+    traces = []
+
     @jax.jit
-    @chex.assert_max_traces(n=1)
     def step(params, state, key):
+        traces.append(1)
         value, grads = jax.value_and_grad(loss)(params, key)
         updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(params, updates), state, value, grads
+        return optax.apply_updates(params, updates), state, value
 
-    params, state, losses, grads = variables["params"], optimizer.init(variables["params"]), [], None
+    params, state, losses = variables["params"], optimizer.init(variables["params"]), []
     for key in jax.random.split(jax.random.key(6), 40):
-        params, state, value, grads = step(params, state, key)
+        params, state, value = step(params, state, key)
         losses.append(float(value))
-    assert losses[-1] < 0.5 * losses[0]
-    ours = flatten_dict(grads["attention" if "attention" in grads else "model"], sep="/")
-    flat = {name for name, grad in ours.items() if not jnp.any(grad)}
-    assert flat <= {"stack/layers/attention/b_k"}  # softmax does not see a shift of all keys (but for the rotation)
+    assert losses[-1] < 0.5 * losses[0] and len(traces) == 1
 
 
 def test_vmap_over_seeds():

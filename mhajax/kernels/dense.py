@@ -1,4 +1,4 @@
-"""The definition of attention for given queries, keys and values: one head of one sequence, lifted over heads and batch.
+"""The definition of attention for given queries, keys and values: one head of one sequence, lifted over the others.
 
 Every logit is held in memory, so this is the path for short sequences and the yardstick for the others.
 """
@@ -35,8 +35,8 @@ def attend(
     """Scaled dot-product attention of every head, softmax(scale · q kᵀ + bias, mask) v.
 
     Logits, softmax and sums are float32 (float64 for float64 input), whatever the dtype of q, k and v. A query with
-    nothing to attend to gives zeros. With a mask, keys and values that are not finite harm only the queries that may see
-    them: those get NaN.
+    nothing to attend to gives zeros. With a mask, keys and values that are not finite harm only the queries that may
+    see them: those get NaN.
 
     Args:
       q: queries [..., N, T, H].

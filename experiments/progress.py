@@ -1,0 +1,159 @@
+"""What a person sees while a run goes on, and how long it took."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from experiments.errors import UserError
+from experiments.task import Task
+from mhajax import training
+
+TIMES = "times.json"
+
+
+class Display:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, config: training.Config, task: Task, done: int):
+        self._console, self._config, self._task = console, config, task
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task_id = self._bar.add_task("training", total=config.steps, completed=done, note="compiling …")
+        self._printed = time.monotonic()
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def show(self, lines: list[dict[str, Any]], times: Times) -> None:
+        """News: batches, or an evaluation."""
+        step = lines[-1]["step"]
+        losses = [np.mean(line["loss"]) for line in lines if "loss" in line]
+        if losses:
+            note = f"loss {np.mean(losses):.3f} · {times.tokens_per_second():,.0f} tokens/s"
+            if self._task.epoch:
+                note += f" · epoch {step / self._task.epoch:.1f}"
+            self._bar.update(self._task_id, completed=step, note=note)
+            if not self._console.is_terminal and time.monotonic() - self._printed > 10:
+                self._printed = time.monotonic()
+                self._console.print(f"batch {step} of {self._config.steps} · {note}", highlight=False)
+        else:
+            shown = " · ".join(
+                f"{name.replace('_', ' ')} {np.mean(value):.3f}"
+                for name, value in lines[-1].items() if name not in ("step", "score")
+            )  # fmt: skip
+            self._console.print(f"[dim]batch {step}:[/dim] {shown}", highlight=False)
+
+
+class Board:
+    """The metrics as TensorBoard files, if a folder is given; the mean over seeds."""
+
+    def __init__(self, folder: Path | None):
+        self._writer = None
+        if folder is not None:
+            try:
+                from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+            except ImportError:
+                raise UserError('--tensorboard needs a package: pip install -e ".[tensorboard]"') from None
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def show(self, lines: list[dict[str, Any]]) -> None:
+        """Add the lines of metrics.jsonl."""
+        if self._writer is not None:
+            for line in lines:
+                for name, value in line.items():
+                    if name not in ("step", "score"):
+                        self._writer.add_scalar(name, float(np.mean(value)), line["step"])
+
+
+class Times:
+    """Seconds and tokens of a run, added up over all the processes that worked on it."""
+
+    def __init__(self, folder: Path):
+        self._file = folder / TIMES
+        self._began = time.monotonic()
+        self._before = {"seconds": 0.0, "training_seconds": 0.0, "tokens": 0}
+        self._training_began: float | None = None
+        self._paused = 0.0
+        self.tokens = 0
+
+    def start(self, done: int) -> None:
+        """Training begins after `done` batches; what earlier processes did beyond them is lost work."""
+        saved = json.loads(self._file.read_text()) if self._file.is_file() else []
+        kept = [entry for entry in saved if entry["step"] <= done]
+        self._before |= kept[-1] if kept else {}
+        self._saved = kept
+        self._training_began = time.monotonic()
+
+    def paused(self):
+        """A context whose time is not training's."""
+        return _Pause(self)
+
+    def add_pause(self, seconds: float) -> None:
+        self._paused += seconds
+
+    def save(self, step: int) -> None:
+        """Keep the sums as they are after this batch."""
+        self._saved = [*self._saved[-200:], {"step": step, **self._sums()}]
+        write(self._file, json.dumps(self._saved))
+
+    def tokens_per_second(self) -> float:
+        """Real target tokens per second of training (this process), compilation included, evaluation not."""
+        began = self._began if self._training_began is None else self._training_began
+        return self.tokens / max(time.monotonic() - began - self._paused, 1e-9)
+
+    def summary(self) -> dict[str, float]:
+        """`seconds` of the whole run and `tokens_per_second` of its training."""
+        trained = self._before if not self.tokens else self._saved[-1]
+        return {
+            "seconds": round(self._before["seconds"] + time.monotonic() - self._began, 1),
+            "tokens_per_second": round(trained["tokens"] / max(trained["training_seconds"], 1e-9), 1),
+        }
+
+    def _sums(self) -> dict[str, float]:
+        now = time.monotonic()
+        began = now if self._training_began is None else self._training_began
+        return {
+            "seconds": self._before["seconds"] + now - self._began,
+            "training_seconds": self._before["training_seconds"] + now - began - self._paused,
+            "tokens": self._before["tokens"] + self.tokens,
+        }
+
+
+class _Pause:
+    def __init__(self, times: Times):
+        self._times = times
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: Any) -> None:
+        self._times.add_pause(time.monotonic() - self._began)
+
+
+def write(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(content, encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,268 @@
+"""Decoding against enumeration: a model that is a table of probabilities, small enough to try every text."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mhajax import decoding, translator
+
+V, END, LENGTH = 4, 0, 4
+TABLE = np.random.default_rng(7).normal(size=(2, LENGTH, V, V)).astype(np.float32) * 1.5  # [B, place, last, next]
+LOG_P = np.asarray(jax.nn.log_softmax(TABLE))
+FIRST = np.array([1, 2])
+
+
+def step(tokens, cache):
+    """Logits depend on the example, the place and the last token."""
+    example, place = cache
+    return jnp.asarray(TABLE)[example, place, tokens], (example, place + 1)
+
+
+def select(cache, rows):
+    return cache[0][rows], cache[1]
+
+
+def start(copies=1):
+    return jnp.repeat(jnp.arange(2), copies), jnp.int32(0)
+
+
+def every_text(example, length_penalty):
+    """All texts of an example with their scores, best first: over at END or after LENGTH tokens."""
+    found = {}
+    for words in itertools.product(range(V), repeat=LENGTH):
+        text = words[: words.index(END) + 1] if END in words else words
+        chain = itertools.pairwise((FIRST[example], *text))
+        log_p = sum(LOG_P[example, t, a, b] for t, (a, b) in enumerate(chain))
+        filled = text + (END,) * (LENGTH - len(text))
+        found[filled] = log_p / ((5 + len(text)) / 6) ** length_penalty
+    return sorted(found.items(), key=lambda item: -item[1])
+
+
+def search(beams, length_penalty=1.0):
+    function = partial(decoding.beam_search, step, select, beams=beams, length=LENGTH, end=END)
+    return jax.jit(partial(function, length_penalty=length_penalty))(start(beams), FIRST)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5])
+def test_enough_beams_find_everything(length_penalty):
+    result = search(128, length_penalty)
+    for example in range(2):
+        texts, scores = zip(*every_text(example, length_penalty), strict=True)
+        assert len(texts) == 1 + 3 + 9 + 27 * 4
+        np.testing.assert_allclose(result.scores[example, : len(scores)], scores, rtol=1e-5)
+        np.testing.assert_array_equal(result.tokens[example, : len(texts)], texts)
+        assert np.all(np.isneginf(result.scores[example, len(scores) :]))
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_few_beams_give_texts_with_their_true_scores(length_penalty):
+    result = search(3, length_penalty)
+    for example in range(2):
+        truth = dict(every_text(example, length_penalty))
+        texts = [tuple(text) for text in result.tokens[example].tolist()]
+        assert len(set(texts)) == 3
+        np.testing.assert_allclose([truth[text] for text in texts], result.scores[example], rtol=1e-5)
+        assert np.all(np.diff(result.scores[example]) <= 0)
+        assert result.scores[example, 0] == pytest.approx(max(truth.values()), rel=1e-5)  # it is there to be found
+
+
+def greedy(length=LENGTH, end=END, model=step):
+    function = partial(decoding.generate, model, choose=decoding.greedy, key=jax.random.key(0), length=length, end=end)
+    return np.asarray(jax.jit(lambda first: function(start(), first))(FIRST))
+
+
+def greedy_by_hand(end, log_p=LOG_P):
+    texts = np.full((2, LENGTH), 0 if end is None else end)
+    for example in range(2):
+        last = FIRST[example]
+        for t in range(LENGTH):
+            last = texts[example, t] = np.argmax(log_p[example, t, last])
+            if last == end:
+                break
+    return texts
+
+
+@pytest.mark.parametrize("end", [None, 0, 1, 2, 3])
+def test_greedy_is_the_loop(end):
+    np.testing.assert_array_equal(greedy(end=end), greedy_by_hand(end))
+
+
+def test_the_ends_differ_in_the_examples_above():
+    """So that the tests of END test something: some text ends early, some does not."""
+    ended = [np.any(greedy_by_hand(end)[:, :-1] == end, axis=1) for end in range(V)]
+    assert np.any(ended) and not np.all(ended)
+
+
+def test_one_beam_is_greedy_where_no_text_ends():
+    never = TABLE.copy()
+    never[..., END] = -50
+
+    def model(tokens, cache):
+        example, place = cache
+        return jnp.asarray(never)[example, place, tokens], (example, place + 1)
+
+    found = decoding.beam_search(
+        model, select, start(), jnp.asarray(FIRST), beams=1, length=LENGTH, end=END, length_penalty=0.0
+    )
+    np.testing.assert_array_equal(found.tokens[:, 0], greedy(model=model))
+    texts, log_p = greedy_by_hand(None, never), np.asarray(jax.nn.log_softmax(never))
+    for b in range(2):
+        chain = itertools.pairwise((FIRST[b], *texts[b]))
+        expected = sum(log_p[b, t, a, c] for t, (a, c) in enumerate(chain))
+        np.testing.assert_allclose(found.scores[b, 0], expected, rtol=1e-5)
+
+
+def test_generation_stops_when_all_texts_are_over():
+    """A step after the last end would fail the count."""
+    calls = []
+
+    def counted(tokens, cache):
+        jax.debug.callback(lambda: calls.append(1))
+        logits = jnp.where(cache == 2, jnp.eye(V)[END], jnp.eye(V)[2])
+        return jnp.broadcast_to(logits, (2, V)), cache + 1
+
+    tokens = decoding.generate(
+        counted, jnp.int32(0), jnp.asarray(FIRST), decoding.greedy, jax.random.key(0), length=50, end=END
+    )
+    jax.effects_barrier()
+    np.testing.assert_array_equal(tokens, [[2, 2] + [END] * 48] * 2)
+    assert len(calls) == 3
+
+
+LOGITS = np.array([2.0, -1.0, 0.5, 1.9, 0.0, -3.0, 1.0], np.float32)
+
+
+def exact(temperature=1.0, top_k=None, top_p=1.0):
+    """The distribution to draw from, by the definitions."""
+    p = np.exp(LOGITS / temperature, dtype=np.float64)
+    order = np.argsort(-p)
+    p[order[top_k:]] = 0 if top_k else p[order[len(p) :]]
+    p /= p.sum()
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= top_p]] = 0
+    return p / p.sum()
+
+
+SAMPLERS = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 3.0},
+    {"top_k": 3},
+    {"top_k": 7},
+    {"top_k": 100},
+    {"top_p": 0.7},
+    {"top_p": 0.05},
+    {"temperature": 2.0, "top_k": 5, "top_p": 0.8},
+]
+
+
+@pytest.mark.parametrize("options", SAMPLERS, ids=str)
+def test_samplers_draw_from_the_exact_distribution(options):
+    count, p = 20_000, exact(**options)
+    draw = jax.jit(decoding.sampler(**options))
+    tokens = draw(jnp.broadcast_to(LOGITS, (count, len(LOGITS))), jax.random.key(1))
+    observed = np.bincount(tokens, minlength=len(LOGITS))
+    assert np.all(observed[p == 0] == 0) and np.all(p[observed > 0] > 0)
+    expected = count * p[p > 0]
+    assert np.sum((observed[p > 0] - expected) ** 2 / expected) < 27.9  # chi-square, 6 degrees, 99.99 %
+
+
+def test_sampled_texts_follow_their_key_and_end_at_the_end():
+    generate = jax.jit(
+        lambda key: decoding.generate(
+            step, start(), jnp.asarray(FIRST), decoding.sampler(), key, length=LENGTH, end=END
+        )
+    )
+    texts = np.stack([generate(jax.random.key(seed)) for seed in range(400)])
+    np.testing.assert_array_equal(texts[0], generate(jax.random.key(0)))
+    ends = np.cumsum(texts == END, axis=-1) > 0
+    assert np.all(texts[ends] == END)
+    for example in range(2):  # the first two tokens, against the table
+        truth = np.exp(LOG_P[example, 0, FIRST[example]])
+        np.testing.assert_allclose(
+            np.bincount(texts[:, example, 0], minlength=V) / 400, truth, atol=4 * np.sqrt(0.25 / 400)
+        )
+        after = texts[texts[:, example, 0] == np.argmax(truth[1:]) + 1, example, 1]
+        truth = np.exp(LOG_P[example, 1, np.argmax(truth[1:]) + 1])
+        np.testing.assert_allclose(
+            np.bincount(after, minlength=V) / len(after), truth, atol=4 * np.sqrt(0.25 / len(after))
+        )
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": 0}], ids=str
+)
+def test_samplers_refuse_what_they_cannot_do(options):
+    with pytest.raises(
+        ValueError, match=r"top_p in \(0, 1\], top_k at least 1 or None, got .*decoding\.greedy"
+    ) as caught:
+        decoding.sampler(**options)
+    assert all(f"{name}={value}" in str(caught.value) for name, value in options.items())
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A translator, its parameters, two sources of different length."""
+    config = translator.Config(
+        d_model=12, num_heads=3, d_ff=13, encoder_layers=1, decoder_layers=2, vocab_size=11, head_dim=4
+    )
+    params = jax.jit(partial(translator.init_params, config=config))(jax.random.key(4))
+    params = params._replace(embedding=3 * params.embedding)  # so that the logits differ enough for short texts
+    return config, params, np.random.default_rng(0).integers(0, 11, (2, 5)), np.array([5, 3])
+
+
+def advance(config, params, tokens, state):
+    logits, state = translator.extend(params, tokens[:, None], state, config)
+    return logits[:, 0], state
+
+
+def test_a_translator_with_cache_writes_what_it_would_without(model):
+    config, params, source, lengths = model
+    first, length, end = jnp.array([1, 1]), 6, 2
+
+    @jax.jit
+    def generate(params):
+        state = translator.begin(params, source, length, config, source_lengths=lengths)
+        return decoding.generate(
+            partial(advance, config, params), state, first, decoding.greedy, jax.random.key(0), length=length, end=end
+        )
+
+    full = jax.jit(partial(translator.apply, config=config))
+    target = np.full((2, length + 1), 1)  # later places do not matter: the model is causal
+    over = np.zeros(2, bool)
+    for t in range(length):
+        logits = full(params, source, target, source_lengths=lengths)
+        target[:, t + 1] = np.where(over, end, np.argmax(logits[:, t], axis=-1))
+        over |= target[:, t + 1] == end
+    np.testing.assert_array_equal(generate(params), target[:, 1:])
+    assert len(np.unique(target)) > 2
+
+
+def test_beams_of_a_translator_have_the_scores_of_the_full_model(model):
+    config, params, source, lengths = model
+    beams, length, end = 3, 5, 2
+
+    @jax.jit
+    def search(params):
+        repeat = lambda a: jnp.repeat(a, beams, axis=0)  # noqa: E731
+        state = translator.begin(params, repeat(source), length, config, source_lengths=repeat(lengths))
+        model = partial(advance, config, params)
+        return decoding.beam_search(
+            model, translator.select, state, jnp.array([1, 1]), beams=beams, length=length, end=end, length_penalty=0.6
+        )
+
+    found = search(params)
+    full = jax.jit(partial(translator.apply, config=config))
+    assert len({tuple(text) for text in found.tokens[0].tolist()}) == beams
+    for k in range(beams):
+        written = np.asarray(found.tokens[:, k])
+        target = np.concatenate([np.ones((2, 1), int), written[:, :-1]], axis=1)
+        log_p = jax.nn.log_softmax(full(params, source, target, source_lengths=lengths))
+        log_p = np.take_along_axis(np.asarray(log_p), written[..., None], axis=-1)[..., 0]
+        counts = np.where(np.any(written == end, axis=1), np.argmax(written == end, axis=1) + 1, length)
+        total = np.sum(log_p * (np.arange(length) < counts[:, None]), axis=1)
+        np.testing.assert_allclose(found.scores[:, k], total / ((5 + counts) / 6) ** 0.6, rtol=1e-4)
