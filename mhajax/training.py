@@ -125,7 +125,9 @@ def schedule(config: Config) -> optax.Schedule:
     fall = {
         "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, rest),
         "linear": lambda: optax.linear_schedule(config.learning_rate, 0.0, rest),
-        "inverse_sqrt": lambda: lambda count: config.learning_rate * (max(warmup, 1) / (count + max(warmup, 1))) ** 0.5,
+        "inverse_sqrt": lambda: (
+            lambda count: config.learning_rate * (max(warmup, 1) / (jnp.maximum(count, 0) + max(warmup, 1))) ** 0.5
+        ),
         "constant": lambda: optax.constant_schedule(config.learning_rate),
     }[config.schedule]()
     return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
@@ -189,7 +191,7 @@ def make_step(
             decay = jnp.minimum(config.average_decay, (1 + count) / (10 + count))
             moved = (step + 1) % config.accumulate == 0
             average = optax.incremental_update(params, average, jnp.where(moved, 1 - decay, 0.0))
-        metrics = {"loss": value, **metrics, "gradient_norm": optax.global_norm(gradient)}
+        metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradient)}
         return params, opt_state, average, metrics
 
     @partial(jax.jit, donate_argnums=0)
@@ -218,7 +220,8 @@ def fit(
       step: from `make_step`.
       batches: number of batches seen → the batches that follow.
       config: how to train.
-      evaluate: evaluated parameters [seeds, ...] → numbers; "score" among them, higher is better, keeps the best.
+      evaluate: evaluated parameters [seeds, ...] → numbers; "score" among them, higher is better, keeps the best. The
+        parameters are gone with the next step: copy what is to stay.
       checkpoints: where to save; None saves nothing.
       record: called every `log_every` batches with a dict for each batch since, and after each evaluation with one.
 
@@ -272,12 +275,13 @@ class Checkpoints:
 
         self._ocp = ocp
         self.folder = Path(folder).absolute()
-        self._latest = self._manager("latest")
-        self._best = self._manager("best")
+        arrays, numbers = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+        self._latest = self._manager("latest", arrays())
+        self._best = self._manager("best", {"params": arrays(), "score": numbers()})
 
-    def _manager(self, name: str):
+    def _manager(self, name: str, handlers: Any):
         options = self._ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, create=True)
-        return self._ocp.CheckpointManager(self.folder / name, options=options)
+        return self._ocp.CheckpointManager(self.folder / name, item_handlers=handlers, options=options)
 
     def latest_step(self) -> int | None:
         """Batches seen by the latest state; None if nothing was saved."""

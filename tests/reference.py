@@ -1,6 +1,23 @@
 """The yardstick: multi-head attention as loops over examples, heads and queries, in float64 NumPy."""
 
+from functools import partial
+from typing import Any
+
+import jax
 import numpy as np
+
+
+def numbers(seed: int, *shape: int, dtype: Any = np.float32) -> Any:
+    """Normal numbers."""
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def random_params(init_params: Any, config: Any, seed: int = 0, dtype: Any = np.float32) -> Any:
+    """Parameters of these shapes in which nothing is 0 or 1, biases and norms included; no initialiser is compiled."""
+    leaves, structure = jax.tree.flatten(jax.eval_shape(partial(init_params, config=config), jax.random.key(0)))
+    random = np.random.default_rng(seed)
+    arrays = [random.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[-2:-1])) for leaf in leaves]
+    return jax.tree.unflatten(structure, [array.astype(dtype) for array in arrays])
 
 
 def multi_head_attention(

@@ -1,23 +1,34 @@
 """The cache: the same numbers as without it, token by token and in chunks."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import numbers, random_params
 
 from mhajax import attention, block, cache, language_model, masks, transformer, translator
 
 B, T, S, V = 2, 7, 5, 11
-SHAPE = {"d_model": 12, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4, "value_dim": 5, "d_ff": 13, "vocab_size": V}
+SHAPE: Any = {
+    "d_model": 12,
+    "num_heads": 6,
+    "num_kv_heads": 3,
+    "head_dim": 4,
+    "value_dim": 5,
+    "d_ff": 13,
+    "vocab_size": V,
+}
 LM = language_model.Config(**SHAPE, num_layers=2)
 MT = translator.Config(**SHAPE, encoder_layers=1, decoder_layers=2)
-TOKENS = np.random.default_rng(0).integers(0, V, (B, T))
-SOURCE = np.random.default_rng(1).integers(0, V, (B, S))
-LENGTHS = np.array([5, 3])
+TOKENS: Any = np.random.default_rng(0).integers(0, V, (B, T))
+SOURCE: Any = np.random.default_rng(1).integers(0, V, (B, S))
+LENGTHS: Any = np.array([5, 3])
 CHUNKS = {"token by token": [1] * T, "in chunks": [1, 2, 3, 1], "a prompt, then tokens": [5, 1, 1], "at once": [T]}
 
+apply_lm = jax.jit(partial(language_model.apply, config=LM))
 extend_lm = jax.jit(language_model.extend, static_argnames="config")
 extend_mt = jax.jit(translator.extend, static_argnames="config")
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-6)
@@ -25,12 +36,12 @@ close = partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-6)
 
 @pytest.fixture(scope="module")
 def lm():
-    return jax.jit(partial(language_model.init_params, config=LM))(jax.random.key(0))
+    return random_params(language_model.init_params, LM)
 
 
 @pytest.fixture(scope="module")
 def mt():
-    return jax.jit(partial(translator.init_params, config=MT))(jax.random.key(0))
+    return random_params(translator.init_params, MT)
 
 
 def in_chunks(extend, state, sizes):
@@ -45,7 +56,7 @@ def in_chunks(extend, state, sizes):
 
 @pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
 def test_a_language_model_extends_to_what_it_gives_at_once(lm, sizes):
-    expected = jax.jit(partial(language_model.apply, config=LM))(lm, TOKENS)
+    expected = apply_lm(lm, TOKENS)
     got, state = in_chunks(lambda t, s: extend_lm(lm, t, s, config=LM), language_model.init_cache((B,), 9, LM), sizes)
     close(got, expected)
     assert state.length.tolist() == [T, T] and state.k.shape == (2, B, 3, 9, 4) and state.v.shape == (2, B, 3, 9, 5)
@@ -64,9 +75,9 @@ def test_a_translator_extends_to_what_it_gives_at_once(mt, sizes):
 
 def test_gates_and_masks_are_those_of_the_whole_text(lm):
     """A mask looks up a token of the cache by its index in the text, not in the chunk."""
-    gates = block.Gates(np.random.default_rng(3).normal(size=(2, 6)).astype(np.float32))
+    gates = block.Gates(numbers(3, 2, 6))
     mask = masks.segments(np.array([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 2]]))
-    expected = jax.jit(partial(language_model.apply, config=LM))(lm, TOKENS, gates=gates, mask=mask)
+    expected = apply_lm(lm, TOKENS, gates=gates, mask=mask)
     got, _ = in_chunks(
         lambda t, s: extend_lm(lm, t, s, config=LM, gates=gates, mask=mask),
         language_model.init_cache((B,), T, LM),
@@ -81,12 +92,12 @@ def test_extending_works_in_a_scan(lm):
         return state, logits[:, 0]
 
     _, got = jax.jit(partial(jax.lax.scan, one))(language_model.init_cache((B,), T, LM), jnp.asarray(TOKENS.T))
-    expected = jax.jit(partial(language_model.apply, config=LM))(lm, TOKENS)
+    expected = apply_lm(lm, TOKENS)
     close(jnp.swapaxes(got, 0, 1), expected)
 
 
 def test_other_leading_axes(lm):
-    expected = jax.jit(partial(language_model.apply, config=LM))(lm, TOKENS)[0]
+    expected = apply_lm(lm, TOKENS)[0]
     got, _ = extend_lm(lm, TOKENS[0], language_model.init_cache((), T, LM), config=LM)
     close(got, expected)
 
@@ -129,9 +140,9 @@ def test_appending_itself_checks_its_room():
 
 def test_half_precision_extends_too(lm):
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), lm)
-    expected = jax.jit(partial(language_model.apply, config=LM))(half, TOKENS)
+    expected = apply_lm(half, TOKENS)
     got, _ = in_chunks(lambda t, s: extend_lm(half, t, s, config=LM), language_model.init_cache((B,), T, LM), [T])
-    exact = jax.jit(partial(language_model.apply, config=LM))(lm, TOKENS)
+    exact = apply_lm(lm, TOKENS)
     assert np.max(np.abs(got - exact)) <= 2 * np.max(np.abs(expected - exact))
 
 

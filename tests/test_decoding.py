@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import random_params
 
 from mhajax import decoding, translator
 
@@ -140,7 +141,7 @@ def exact(temperature=1.0, top_k=None, top_p=1.0):
     """The distribution to draw from, by the definitions."""
     p = np.exp(LOGITS / temperature, dtype=np.float64)
     order = np.argsort(-p)
-    p[order[top_k:]] = 0 if top_k else p[order[len(p) :]]
+    p[order[len(p) if top_k is None else top_k :]] = 0
     p /= p.sum()
     before = np.cumsum(p[order]) - p[order]
     p[order[before >= top_p]] = 0
@@ -210,8 +211,8 @@ def model():
     config = translator.Config(
         d_model=12, num_heads=3, d_ff=13, encoder_layers=1, decoder_layers=2, vocab_size=11, head_dim=4
     )
-    params = jax.jit(partial(translator.init_params, config=config))(jax.random.key(4))
-    params = params._replace(embedding=3 * params.embedding)  # so that the logits differ enough for short texts
+    params = random_params(translator.init_params, config, seed=4)
+    params = params._replace(embedding=params.embedding / 5)  # lest every token is followed by itself
     return config, params, np.random.default_rng(0).integers(0, 11, (2, 5)), np.array([5, 3])
 
 

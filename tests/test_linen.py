@@ -1,6 +1,8 @@
 """Linen modules: the functions' numbers, inside anybody's Linen model."""
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import chex
 import jax
@@ -17,7 +19,7 @@ from mhajax.block import Gates
 from mhajax.tree import to_dict
 
 B, T, S, D, N, K, H, HV, V, F = 2, 5, 7, 10, 6, 3, 4, 9, 11, 13
-HEADS = dict(d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, value_dim=HV)
+HEADS: dict[str, Any] = dict(d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, value_dim=HV)
 ATTENTION = attention.Config(**HEADS)
 LM = language_model.Config(
     **HEADS, d_ff=F, num_layers=2, vocab_size=V, norm="layer", activation="swiglu", use_bias=True
@@ -29,7 +31,7 @@ MEMORY = jax.random.normal(jax.random.key(2), (B, S, D))
 TARGET = jax.random.randint(jax.random.key(3), (B, T), 0, V)
 SOURCE = jax.random.randint(jax.random.key(4), (B, S), 0, V)
 
-CASES = {
+CASES: dict[str, Any] = {
     "attention": (linen.MultiHeadAttention(ATTENTION), attention, (X, MEMORY)),
     "language_model": (linen.LanguageModel(LM), language_model, (TARGET,)),
     "translator": (linen.Translator(MT), translator, (SOURCE, TARGET)),
@@ -120,7 +122,8 @@ def test_features(name):
 
 
 def test_options_pass_through():
-    layer, params = linen.MultiHeadAttention(ATTENTION), attention.init_params(jax.random.key(0), ATTENTION)
+    layer: Any = linen.MultiHeadAttention(ATTENTION)
+    params = attention.init_params(jax.random.key(0), ATTENTION)
     variables = {"params": to_dict(params)}
     plain = layer.apply(variables, X)
     mask, gates = masks.causal(), jnp.arange(N) / 3
@@ -152,13 +155,13 @@ def test_options_of_the_models_pass_through(name, options):
     assert with_options != program(by_module, params)
 
 
-DROPS = {
+DROPS: dict[str, Any] = {
     "attention": (linen.MultiHeadAttention(ATTENTION, dropout_rate=0.5), (X,)),
-    "language_model": (linen.LanguageModel(language_model.Config(**vars(LM) | {"dropout": 0.5})), (TARGET,)),
+    "language_model": (linen.LanguageModel(replace(LM, dropout=0.5)), (TARGET,)),
     "attention of a language_model": (
-        linen.LanguageModel(language_model.Config(**vars(LM) | {"attention_dropout": 0.5})), (TARGET,),
+        linen.LanguageModel(replace(LM, attention_dropout=0.5)), (TARGET,),
     ),
-    "translator": (linen.Translator(translator.Config(**vars(MT) | {"dropout": 0.5})), (SOURCE, TARGET)),
+    "translator": (linen.Translator(replace(MT, dropout=0.5)), (SOURCE, TARGET)),
 }  # fmt: skip
 
 
@@ -177,7 +180,7 @@ def test_dropout_takes_its_rng(module, inputs):
 
 
 def test_dropout_is_the_functions():
-    layer = linen.MultiHeadAttention(ATTENTION, dropout_rate=0.5)
+    layer: Any = linen.MultiHeadAttention(ATTENTION, dropout_rate=0.5)
     params = attention.init_params(jax.random.key(0), ATTENTION)
     variables = {"params": to_dict(params)}
     train = lambda key: layer.apply(variables, X, deterministic=False, rngs={"dropout": key})  # noqa: E731
@@ -196,20 +199,20 @@ def test_without_dropout_no_rng_is_needed():
 
 
 def test_parameters_of_another_config_are_refused():
-    layer = linen.MultiHeadAttention(ATTENTION)
-    other = attention.Config(**HEADS | {"num_heads": 3})
+    layer: Any = linen.MultiHeadAttention(ATTENTION)
+    other = replace(ATTENTION, num_heads=3)
     with pytest.raises(ScopeParamShapeError, match="w_q"):
         layer.apply({"params": to_dict(attention.init_params(jax.random.key(0), other))}, X)
-    biased = {"params": to_dict(attention.init_params(jax.random.key(0), attention.Config(**HEADS, use_bias=True)))}
+    biased = {"params": to_dict(attention.init_params(jax.random.key(0), replace(ATTENTION, use_bias=True)))}
     with pytest.raises(ValueError, match="b_k.*another config"):
         layer.apply(biased, X)
     with pytest.raises(ValueError, match="b_k.*another config"):
         linen.functional(layer, biased)
 
-    deeper = language_model.init_params(jax.random.key(0), language_model.Config(**vars(LM) | {"num_layers": 3}))
+    deeper = language_model.init_params(jax.random.key(0), replace(LM, num_layers=3))
     with pytest.raises(ScopeParamShapeError, match="stack"):
         linen.LanguageModel(LM).apply({"params": to_dict(deeper)}, TARGET)
-    ungated = language_model.init_params(jax.random.key(0), language_model.Config(**vars(LM) | {"activation": "gelu"}))
+    ungated = language_model.init_params(jax.random.key(0), replace(LM, activation="gelu"))
     with pytest.raises(ValueError, match=r"stack\.layers\.mlp must hold .*w_gate"):
         linen.functional(linen.LanguageModel(LM), to_dict(ungated))
 
@@ -235,7 +238,7 @@ class Classifier(nn.Module):
 
 @pytest.mark.parametrize("model, x", [(Sandwich(), X), (Classifier(), TARGET)], ids=["layer", "model"])
 def test_trains_inside_a_users_model_without_recompiling(model, x):
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    variables = model.init(jax.random.key(0), x)
     labels = jax.random.randint(jax.random.key(5), (B, T), 0, 3)
     optimizer = optax.adam(1e-2)
 
@@ -260,7 +263,7 @@ def test_trains_inside_a_users_model_without_recompiling(model, x):
 
 
 def test_vmap_over_seeds():
-    layer = linen.MultiHeadAttention(ATTENTION)
+    layer: Any = linen.MultiHeadAttention(ATTENTION)
     seeds = jax.random.split(jax.random.key(0), 3)
     variables = jax.vmap(layer.init, in_axes=(0, None))(seeds, X)
     assert variables["params"]["w_q"].shape == (3, N, D, H)

@@ -1,6 +1,7 @@
 """The chunked loss against the plain one: value, gradient, weights, label smoothing."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ from mhajax import losses
 
 B, T, D, V = 3, 5, 7, 11
 _random = np.random.default_rng(0)
-FEATURES = _random.normal(size=(B, T, D)).astype(np.float32)
-TABLE = _random.normal(size=(V, D)).astype(np.float32)
-TARGETS = _random.integers(0, V, (B, T))
-WEIGHTS = _random.random((B, T)).astype(np.float32) * (_random.random((B, T)) < 0.7)
+FEATURES: Any = _random.normal(size=(B, T, D)).astype(np.float32)
+TABLE: Any = _random.normal(size=(V, D)).astype(np.float32)
+TARGETS: Any = _random.integers(0, V, (B, T))
+WEIGHTS: Any = _random.random((B, T)).astype(np.float32) * (_random.random((B, T)) < 0.7)
 
 
 def plain(features, table, targets, weights, smoothing):
@@ -96,7 +97,7 @@ def test_bfloat16_features_give_float32_sums_and_bfloat16_gradients():
     (_, sums), (d_features, d_table) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(features, TABLE)
     assert all(a.dtype == jnp.float32 for a in (*sums, d_table)) and d_features.dtype == jnp.bfloat16
     exact = features.astype(jnp.float32)
-    np.testing.assert_allclose(sums.loss, plain(exact, TABLE, TARGETS, 1.0, 0.1).loss, rtol=1e-5)
+    np.testing.assert_allclose(sums.loss, jax.jit(plain)(exact, TABLE, TARGETS, 1.0, 0.1).loss, rtol=1e-5)
     naive = lambda f, t: plain(f, t.astype(f.dtype), TARGETS, 1.0, 0.1).loss  # noqa: E731
     wanted = jax.grad(naive, argnums=(0, 1))(exact, TABLE)
     for got, rough, want in zip(
@@ -108,7 +109,7 @@ def test_bfloat16_features_give_float32_sums_and_bfloat16_gradients():
 
 def test_large_logits_do_not_overflow():
     sums = jax.jit(losses.linear_cross_entropy)(1e4 * FEATURES, TABLE, TARGETS)
-    np.testing.assert_allclose(sums.loss, plain(1e4 * FEATURES, TABLE, TARGETS, 1.0, 0.0).loss, rtol=1e-6)
+    np.testing.assert_allclose(sums.loss, jax.jit(plain)(1e4 * FEATURES, TABLE, TARGETS, 1.0, 0.0).loss, rtol=1e-6)
 
 
 ERRORS = {

@@ -1,6 +1,7 @@
 """Masks against NumPy, whole and in blocks, alone and combined, through JAX's transformations."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from mhajax.masks import Tokens
 
 B, N, T, S = 2, 3, 5, 7
 LENGTHS = np.array([4, 0])
+NOT_A_MASK: Any = None
 QUERY_SEGMENTS = np.array([[0, 0, 1, 1, 2], [0, 1, 1, 1, 1]])
 KEY_SEGMENTS = np.array([[0, 1, 1, 2, 2, 2, 3], [1, 1, 0, 0, 1, 1, 1]])
 _random = np.random.default_rng(0)
@@ -152,11 +154,11 @@ ERRORS = {
     ),
     "lengths that are floats": (partial(masks.lengths, 3.0), TypeError, ("masks.lengths", "integers", "float32")),
     "and with an array": (
-        lambda: masks.causal() & PAIRS,
+        lambda: masks.causal() & PAIRS,  # pyright: ignore[reportOperatorIssue]
         TypeError,
         ("&", "two masks", "ndarray", "masks.dense(array)"),
     ),
-    "or with None": (lambda: masks.causal() | None, TypeError, ("|", "two masks", "NoneType")),
+    "or with None": (lambda: masks.causal().__or__(NOT_A_MASK), TypeError, ("|", "two masks", "NoneType")),
     "too few queries": (
         lambda: whole(masks.dense(PAIRS), queries=T + 1),
         ValueError,

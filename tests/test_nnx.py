@@ -1,6 +1,8 @@
 """NNX modules: the functions' numbers, inside anybody's NNX model."""
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import chex
 import jax
@@ -16,7 +18,7 @@ from mhajax.block import Gates
 from mhajax.tree import to_dict
 
 B, T, S, D, N, K, H, HV, V, F = 2, 5, 7, 10, 6, 3, 4, 9, 11, 13
-HEADS = dict(d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, value_dim=HV)
+HEADS: dict[str, Any] = dict(d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, value_dim=HV)
 ATTENTION = attention.Config(**HEADS)
 LM = language_model.Config(
     **HEADS, d_ff=F, num_layers=2, vocab_size=V, norm="layer", activation="swiglu", use_bias=True
@@ -28,7 +30,7 @@ MEMORY = jax.random.normal(jax.random.key(2), (B, S, D))
 TARGET = jax.random.randint(jax.random.key(3), (B, T), 0, V)
 SOURCE = jax.random.randint(jax.random.key(4), (B, S), 0, V)
 
-CASES = {
+CASES: dict[str, Any] = {
     "attention": (modules.MultiHeadAttention, ATTENTION, (X, MEMORY)),
     "language_model": (modules.LanguageModel, LM, (TARGET,)),
     "translator": (modules.Translator, MT, (SOURCE, TARGET)),
@@ -168,10 +170,10 @@ def test_memory_and_unknown_options():
         layer(X, no_such_option=1)
 
 
-LM_DROPS = language_model.Config(**vars(LM) | {"dropout": 0.5})
-LM_DROPS_WEIGHTS = language_model.Config(**vars(LM) | {"attention_dropout": 0.5})
-MT_DROPS = translator.Config(**vars(MT) | {"dropout": 0.5})
-DROPS = {
+LM_DROPS = replace(LM, dropout=0.5)
+LM_DROPS_WEIGHTS = replace(LM, attention_dropout=0.5)
+MT_DROPS = replace(MT, dropout=0.5)
+DROPS: dict[str, Any] = {
     "attention": (lambda rngs: modules.MultiHeadAttention(ATTENTION, dropout_rate=0.5, rngs=rngs), (X,)),
     "language_model": (lambda rngs: modules.LanguageModel(LM_DROPS, rngs=rngs), (TARGET,)),
     "attention of a language_model": (lambda rngs: modules.LanguageModel(LM_DROPS_WEIGHTS, rngs=rngs), (TARGET,)),
@@ -229,13 +231,11 @@ def test_view():
 
 def test_parameters_of_another_config_are_refused():
     layer = modules.MultiHeadAttention(ATTENTION, rngs=nnx.Rngs(0))
-    nnx.update(
-        layer, nnx.state(modules.MultiHeadAttention(attention.Config(**HEADS | {"num_heads": 3}), rngs=nnx.Rngs(0)))
-    )
+    nnx.update(layer, nnx.state(modules.MultiHeadAttention(replace(ATTENTION, num_heads=3), rngs=nnx.Rngs(0))))
     with pytest.raises(ValueError, match=r"params\.w_q must be \[N, D, H\]"):
         layer(X)
     layer = modules.MultiHeadAttention(ATTENTION, rngs=nnx.Rngs(0))
-    biased = modules.MultiHeadAttention(attention.Config(**HEADS, use_bias=True), rngs=nnx.Rngs(0))
+    biased = modules.MultiHeadAttention(replace(ATTENTION, use_bias=True), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="b_k"):
         nnx.update(layer, nnx.state(biased))
 
@@ -290,7 +290,7 @@ def test_trains_inside_a_users_model_without_recompiling(kind, x):
 
 def test_vmap_over_seeds():
     make = lambda rngs: modules.MultiHeadAttention(ATTENTION, rngs=rngs)  # noqa: E731
-    ensemble = nnx.vmap(make)(nnx.Rngs(0).fork(split=3))
+    ensemble = nnx.split_rngs(splits=3)(nnx.vmap(make))(nnx.Rngs(0))
     params = modules.functional(ensemble)
     assert params.w_q.shape == (3, N, D, H)
     out = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(ensemble, X)

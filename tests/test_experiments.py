@@ -1,0 +1,411 @@
+"""The command line from end to end on tiny settings: what it prints, what it writes, and how it fails."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.__main__ import main
+
+REPOSITORY = Path(__file__).parent.parent
+TINY = """
+kind = "translation"
+[data]
+kind = "grammar"
+train = 150
+validation = 12
+test = 14
+generalisation = 10
+[vocabulary]
+kind = "words"
+[batches]
+tokens = 512
+boundaries = [32]
+[model]
+d_model = 16
+num_heads = 2
+encoder_layers = 1
+decoder_layers = 2
+dropout = 0.1
+[training]
+steps = 12
+warmup_steps = 2
+log_every = 2
+evaluate_every = 6
+checkpoint_every = 4
+average_decay = 0.9
+[decoding]
+beams = 2
+batch = 14
+validation_sentences = 4
+"""
+TINY_TEXT = """
+kind = "language_model"
+[data]
+kind = "text"
+path = "{path}"
+[batches]
+size = 4
+length = 16
+[model]
+d_model = 16
+num_heads = 2
+num_layers = 2
+[training]
+steps = 8
+warmup_steps = 2
+log_every = 2
+evaluate_every = 4
+[sampling]
+prompt = "a"
+tokens = 9
+"""
+
+
+def call(*arguments, stdin=""):
+    """Run the command line in this process: (exit status, standard output, standard error)."""
+    out, err = io.StringIO(), io.StringIO()
+    before, sys.stdin = sys.stdin, io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main([str(argument) for argument in arguments])
+    finally:
+        sys.stdin = before
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny translation: its result, its folder, its config."""
+    folder = tmp_path_factory.mktemp("translation")
+    config = folder / "tiny.toml"
+    config.write_text(TINY)
+    status, out, err = call(config, "--runs", folder / "runs", "--json", "--tensorboard")
+    assert status == 0, err
+    (run,) = (folder / "runs").iterdir()
+    return json.loads(out.splitlines()[-1]), run, config
+
+
+def test_the_result_has_its_keys_and_is_the_file(finished):
+    result, run, _ = finished
+    wanted = {"bleu", "chrf", "bleu_signature", "seconds", "tokens_per_second", "parameters", "seeds"}
+    assert wanted <= set(result)
+    assert json.loads((run / "result.json").read_text()) == result
+    assert set(result["tests"]) == {"test", "generalisation"}
+    assert result["tests"]["test"]["sentences"] == 14
+    assert "nrefs:1" in result["bleu_signature"]
+
+
+def test_the_run_folder_has_everything(finished):
+    _, run, _ = finished
+    assert run.name.startswith("tiny-")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "validation_bleu" in line] == [6, 12]
+    environment = json.loads((run / "environment.json").read_text())
+    assert re.fullmatch("[0-9a-f]{64}", environment["data_sha256"]["train"])
+    assert environment["packages"]["jax"]
+    for name in ("training", "cross_attention"):
+        for ending in ("svg", "png", "csv"):
+            assert (run / "figures" / f"{name}.{ending}").stat().st_size > 100
+    assert list((run / "tensorboard").iterdir())
+    translations = (run / "translations.test.tsv").read_text().splitlines()
+    assert len(translations) == 15
+
+
+def test_every_head_is_measured_with_interval_and_baseline(finished):
+    heads = finished[0]["heads"]
+    assert len(heads) == 2 * 1 + 2 * 2 + 2 * 2
+    for head in heads:
+        for measure in head["measures"].values():
+            assert measure["low"] <= measure["value"] <= measure["high"] or np.isnan(measure["value"])
+    cross = next(head for head in heads if head["attention"] == "cross")
+    assert 0 < cross["measures"]["aligned, written"]["fixed_offset"] < 1
+
+
+def test_a_finished_run_is_reported_again_without_training(finished):
+    result, run, config = finished
+    for again in ([run], [config, "--runs", run.parent]):
+        status, out, err = call(*again, "--json")
+        assert status == 0 and "already trained" in err
+        assert json.loads(out) == result
+
+
+def test_lines_are_translated(finished):
+    _, run, _ = finished
+    status, out, _ = call("translate", run, stdin="the dog sees my cat .\n\nmy cat sleeps .\n")
+    assert status == 0
+    lines = out.split("\n")
+    assert len(lines) == 4 and lines[1] == "" and lines[3] == ""
+    assert call("translate", run, stdin="")[:2] == (0, "")
+
+
+def test_a_changed_config_is_another_run(finished):
+    from experiments import run as running
+
+    _, run, config = finished
+    _, folder = running.load(str(config), ["model.d_ff=24"], str(run.parent))
+    assert folder != run
+    _, folder = running.load(str(config), ["training.seed=0"], str(run.parent))  # the default, spelled out
+    assert folder == run
+
+
+def test_going_on_with_another_model_is_refused(finished, tmp_path):
+    _, run, _ = finished
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = (copy / "result.json").read_bytes()
+    status, _, err = call(copy, "model.d_model=24", "training.steps=13")
+    assert status == 2 and "another config" in err and "Traceback" not in err
+    assert (copy / "result.json").read_bytes() == before
+
+
+def test_a_run_can_be_continued_for_longer(finished, tmp_path):
+    _, run, _ = finished
+    copy = shutil.copytree(run, tmp_path / "copy")
+    status, out, err = call(copy, "training.steps=14", "--json")
+    assert status == 0 and "going on after batch 12 of 14" in err
+    assert json.loads(out)["steps"] == 14
+
+
+def test_data_that_changed_are_noticed(finished, tmp_path):
+    _, run, _ = finished
+    copy = shutil.copytree(run, tmp_path / "copy")
+    status, _, err = call(copy, "data.seed=3")
+    assert status == 2 and "began with other data" in err and "train" in err
+
+
+def test_several_seeds_are_one_run_with_a_spread(tmp_path):
+    config = tmp_path / "tiny.toml"
+    config.write_text(TINY)
+    status, out, err = call(config, "training.seeds=2", "training.steps=4", "--runs", tmp_path, "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["seeds"] == 2
+    for name in ("bleu", "chrf"):
+        assert np.isclose(result[name], np.mean(result[f"{name}_by_seed"]), atol=1e-3)
+        assert np.isclose(result[f"{name}_sd"], np.std(result[f"{name}_by_seed"], ddof=1), atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "text.txt").write_text("a rose is a rose is a rose.\n" * 40)
+    (folder / "tiny.toml").write_text(TINY_TEXT.format(path=folder / "text.txt"))
+    status, out, err = call(folder / "tiny.toml", "--runs", folder / "runs", "--json")
+    assert status == 0, err
+    (run,) = (folder / "runs").iterdir()
+    return json.loads(out), run
+
+
+def test_any_text_file_trains_a_language_model(text_run):
+    result, run = text_run
+    assert {"validation_loss", "seconds", "tokens_per_second", "parameters"} <= set(result)
+    assert result["sample"].startswith("a") and len(result["sample"]) == 10
+    assert 0 < result["validation_loss"] < 4
+
+
+def test_a_language_model_writes(text_run):
+    _, run = text_run
+    status, out, _ = call("sample", run, "--prompt", "rose", "--tokens", "5")
+    assert status == 0 and out.startswith("rose") and len(out) == len("rose") + 5 + 1
+    again = call("sample", run, "--prompt", "rose", "--tokens", "5")[1]
+    assert again == out
+
+
+def test_any_pair_of_files_trains_a_translator(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"one {i} two\n" for i in range(60)))
+    (tmp_path / "b.txt").write_text("".join(f"zwei {i} eins\n" for i in range(60)))
+    config = tmp_path / "mine.toml"
+    data = f'kind = "files"\ntrain_source = "{tmp_path}/a.txt"\ntrain_target = "{tmp_path}/b.txt"\nhold_out = 5\n'
+    text = re.sub(
+        r'kind = "grammar".*?\[vocabulary\]\nkind = "words"', f"{data}[vocabulary]\nsize = 300", TINY, flags=re.S
+    )
+    config.write_text(text)
+    status, out, err = call(config, "training.steps=3", "--runs", tmp_path, "--json")
+    assert status == 0, err
+    assert json.loads(out)["tests"]["test"]["sentences"] == 5
+
+
+def _bytes_of(run):
+    """What must not depend on how often a run was killed."""
+    from experiments import run as running
+    from mhajax import training
+
+    config, folder = running.load_run(str(run))
+    task = running.prepare(config, folder)
+    state = training.init(task.init_params, training.optimizer(config.training), config.training)
+    checkpoints = training.Checkpoints(run / "checkpoints")
+    state, best = checkpoints.restore(state), checkpoints.best(state.evaluated)
+    checkpoints.close()
+    import jax
+
+    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((state, best))]
+    result = json.loads((run / "result.json").read_text())
+    for timing in ("seconds", "tokens_per_second"):
+        del result[timing]
+    return arrays, (run / "metrics.jsonl").read_bytes(), result
+
+
+def _start(config, runs):
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY))
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments", str(config), "--runs", str(runs)],
+        cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def _wait_for_step(runs, step, process):
+    """Wait until the metrics of a run have reached a step."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        for file in runs.glob("*/metrics.jsonl"):
+            if any(json.loads(line)["step"] >= step for line in file.read_text().splitlines() if line.endswith("}")):
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"the run never reached step {step}: {process.communicate()[0]}")
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(finished, tmp_path):
+    _, whole, config = finished
+    for step in (5, 9):  # after a checkpoint, between two others; each time somewhere in a step
+        process = _start(config, tmp_path)
+        _wait_for_step(tmp_path, step, process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    (run,) = tmp_path.iterdir()
+    assert not (run / "result.json").exists()
+    status, _, err = call(config, "--runs", tmp_path)
+    assert status == 0, err
+    assert _bytes_of(run) == _bytes_of(whole)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(finished, tmp_path):
+    _, whole, config = finished
+    process = _start(config, tmp_path)
+    _wait_for_step(tmp_path, 2, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert "the state is saved" in output and "same command" in output and "Traceback" not in output
+    (run,) = tmp_path.iterdir()
+    status, _, err = call(config, "--runs", tmp_path)
+    assert status == 0, err
+    assert _bytes_of(run) == _bytes_of(whole)
+
+
+BAD = {
+    # name: (change to the config as overrides, what the message must say)
+    "no such file": (["CONFIG=missing.toml"], ["missing.toml"]),
+    "unknown key": (["model.num_head=2"], ["model.num_head", "num_heads"]),
+    "unknown table": (["modle.d_model=2"], ["modle", "model"]),
+    "key of another table": (["model.learning_rate=0.1"], ["model.learning_rate", "training"]),
+    "text for a number": (['model.d_model="wide"'], ["model.d_model", "whole number", "wide"]),
+    "fraction for a whole number": (["model.d_model=16.5"], ["model.d_model", "16.5"]),
+    "number for text": (["vocabulary.kind=3"], ["vocabulary.kind", "3", "bpe"]),
+    "not a choice": (['vocabulary.kind="word"'], ["vocabulary.kind", "word", "words"]),
+    "unknown optimizer": (['training.optimizer="adamv"'], ["training.optimizer", "adamv", "adamw"]),
+    "unknown experiment": (['kind="translate"'], ["kind", "translate", "translation"]),
+    "unknown data": (['data.kind="gramar"'], ["data.kind", "gramar", "grammar"]),
+    "heads do not divide": (["model.num_heads=3"], ["[model]", "d_model=16", "num_heads=3"]),
+    "kv heads do not divide": (["model.num_kv_heads=3"], ["num_heads=2", "num_kv_heads=3"]),
+    "warm-up too long": (["training.warmup_steps=12"], ["[training]", "warmup_steps=12", "steps=12"]),
+    "zero steps": (["training.steps=0"], ["training", "steps", "at least 1"]),
+    "negative rate": (["training.learning_rate=-1"], ["learning_rate", "above 0"]),
+    "dropout of one": (["model.dropout=1.0"], ["dropout", "[0, 1)", "1.0"]),
+    "smoothing of two": (["training.label_smoothing=2.0"], ["label_smoothing", "2.0"]),
+    "boundaries fall": (["batches.boundaries=[32,16]"], ["boundaries", "ascending"]),
+    "batch below a sentence": (["batches.tokens=16"], ["tokens=16", "boundaries=[32]"]),
+    "no beams": (["decoding.beams=0"], ["beams", "at least 1"]),
+    "no layers": (["model.encoder_layers=0"], ["encoder_layers", "at least 1"]),
+    "negative sentences": (["data.train=-5"], ["train", "-5"]),
+    "no training data": (["data.train=0"], ["data.train", "at least 1"]),
+    "boundaries too short": (["batches.boundaries=[2]"], ["boundar", "2"]),
+    "infinite": (["training.learning_rate=inf"], ["learning_rate", "finite"]),
+    "not an override": (["model"], ["model", "key"]),
+    "missing multi30k": (['data={kind="multi30k", root="nowhere"}'], ["multi30k", "nowhere", "fetch"]),
+    "same languages": (['data={kind="multi30k", source="de"}'], ["source", "target", "differ"]),
+    "half a pair": (
+        ['data={kind="files", train_source="a", train_target="b", test_source="c"}'],
+        ["test_source", "test_target", "together"],
+    ),
+    "missing files": (['data={kind="files", train_source="a.txt", train_target="b.txt"}'], ["a.txt"]),
+    "incomplete files": (['data={kind="files", train_source="a.txt"}'], ["train_target"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_configs_get_a_message_and_lose_nothing(name, tmp_path):
+    overrides, parts = BAD[name]
+    config = tmp_path / "tiny.toml"
+    config.write_text(TINY)
+    if overrides[0].startswith("CONFIG="):
+        config, overrides = tmp_path / overrides[0].removeprefix("CONFIG="), overrides[1:]
+    status, out, err = call(config, *overrides, "--runs", tmp_path / "runs")
+    assert status == 2, err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+    assert not list(tmp_path.glob("runs/*/result.json"))
+
+
+BAD_PAIRS = {
+    "unequal": (b"a\nb\n", b"x\n", ["2", "1", "a.txt", "b.txt"]),
+    "empty line": (b"a\n\nc\n", b"x\ny\nz\n", ["a.txt", "line 2"]),
+    "not UTF-8": (b"a\nb\n", b"x\n\xff\xfe\n", ["b.txt", "line 2", "UTF-8"]),
+    "empty file": (b"", b"x\n", ["a.txt", "empty"]),
+    "too few": (b"a\nb\n", b"x\ny\n", ["hold_out"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_bad_text_gets_a_message_with_file_and_line(name, tmp_path):
+    source, target, parts = BAD_PAIRS[name]
+    (tmp_path / "a.txt").write_bytes(source)
+    (tmp_path / "b.txt").write_bytes(target)
+    config = tmp_path / "tiny.toml"
+    config.write_text(TINY)
+    data = f'data={{kind="files", train_source="{tmp_path}/a.txt", train_target="{tmp_path}/b.txt"}}'
+    status, _, err = call(config, data, 'vocabulary.kind="bpe"', "--runs", tmp_path)
+    assert status == 2 and "Traceback" not in err, err
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["translate", "nowhere"], ["nowhere", "no folder"]),
+        (["sample", "nowhere"], ["nowhere"]),
+        (["fetch", "multi31k"], ["multi31k", "multi30k"]),
+        (["."], ["config.toml"]),
+    ],
+)
+def test_bad_commands_get_a_message(arguments, parts):
+    status, _, err = call(*arguments)
+    assert status == 2 and "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+def test_commands_of_the_other_kind_of_run_are_refused(finished, text_run):
+    status, _, err = call("sample", finished[1])
+    assert status == 2 and "translate" in err
+    status, _, err = call("translate", text_run[1])
+    assert status == 2 and "sample" in err
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "configs").glob("*.toml")))
+def test_every_shipped_config_reads(name):
+    from experiments import config, schema
+
+    assert schema.to_toml(config.read(REPOSITORY / "configs" / name))
