@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 from experiments import host
 from experiments.errors import UserError
@@ -91,19 +90,12 @@ def _translate(arguments: list[str]) -> int:
     if options.beams is not None and options.beams < 1:
         raise UserError(f"--beams must be at least 1, got {options.beams}.")
 
-    from experiments import run, translation
-    from experiments.config import Translation
+    host.keep_memory()
 
-    config, folder = run.load_run(options.run)
-    if not isinstance(config, Translation):
-        raise UserError(f"{folder}: this run is a {config.kind}, not a translation; use: sample {folder}")
-    _, params = run.trained(config, folder)
-    translate = translation.load_translator(config, folder)
-    lines = [line.rstrip("\r\n") for line in sys.stdin]
-    wanted = [line for line in lines if line.strip()]
-    outputs = iter(translate(translation.seeds_of(params)[0], wanted, beams=options.beams) if wanted else [])
-    for line in lines:
-        print(next(outputs) if line.strip() else "")
+    from experiments import run
+
+    for line in run.translate(options.run, [line.rstrip("\r\n") for line in sys.stdin], beams=options.beams):
+        print(line)
     return 0
 
 
@@ -118,20 +110,11 @@ def _sample(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed, another text (default: 0)")
     options = parser.parse_args(arguments)
 
-    from experiments import language_modelling, run
-    from experiments.config import LanguageModelling
+    from experiments import run
 
-    config, folder = run.load_run(options.run)
-    if not isinstance(config, LanguageModelling):
-        raise UserError(f"{folder}: this run is a {config.kind}, not a language model; use: translate {folder}")
     given = {name: getattr(options, name) for name in ("prompt", "tokens", "temperature")}
-    try:
-        sampling = replace(config.sampling, **{name: value for name, value in given.items() if value is not None})
-    except ValueError as error:
-        raise UserError(f"sample: {error}") from None
-    task, params = run.trained(config, folder)
-    write = language_modelling.load_writer(config, folder)
-    print(write(language_modelling.seeds_of(params)[0], sampling, options.seed))
+    changes = {name: value for name, value in given.items() if value is not None}
+    print(run.sample(options.run, options.seed, **changes))
     return 0
 
 

@@ -12,12 +12,13 @@ runs/grammar-1a2b3c4d/
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def load(path: str, overrides: list[str], runs: str) -> tuple[configs.Experiment
     return config, Path(runs) / f"{folder.stem}-{digest}"
 
 
-def load_run(path: str) -> tuple[configs.Experiment, Path]:
+def load_run(path: str | Path) -> tuple[configs.Experiment, Path]:
     """The config and the folder of an earlier run."""
     folder = Path(path)
     if not (folder / CONFIG).is_file():
@@ -116,6 +117,44 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return result
+
+
+def translate(path: str | Path, sentences: Sequence[str], *, beams: int | None = None) -> list[str]:
+    """Translations of sentences by the best parameters (of the first seed) of an earlier run; empty lines stay empty.
+
+    Args:
+      path: the folder of the run.
+      sentences: one sentence each.
+      beams: other than the config's; 1 is greedy.
+    """
+    config, folder = load_run(path)
+    if not isinstance(config, configs.Translation):
+        raise UserError(f"{folder}: this run is a {config.kind}, not a translation; use: sample {folder}")
+    _, params = trained(config, folder)
+    wanted = [sentence for sentence in sentences if sentence.strip()]
+    translator = translation.load_translator(config, folder)
+    outputs = iter(translator(translation.seeds_of(params)[0], wanted, beams=beams) if wanted else [])
+    return [next(outputs) if sentence.strip() else "" for sentence in sentences]
+
+
+def sample(path: str | Path, seed: int = 0, **changes: Any) -> str:
+    """Text by the best parameters (of the first seed) of an earlier run.
+
+    Args:
+      path: the folder of the run.
+      seed: another seed, another text.
+      **changes: to the config's [sampling].
+    """
+    config, folder = load_run(path)
+    if not isinstance(config, configs.LanguageModelling):
+        raise UserError(f"{folder}: this run is a {config.kind}, not a language model; use: translate {folder}")
+    try:
+        sampling = dataclasses.replace(config.sampling, **changes)
+    except ValueError as error:
+        raise UserError(f"sample: {error}") from None
+    _, params = trained(config, folder)
+    write = language_modelling.load_writer(config, folder)
+    return write(language_modelling.seeds_of(params)[0], sampling, seed)
 
 
 def trained(config: configs.Experiment, folder: Path) -> tuple[Task, Any]:
