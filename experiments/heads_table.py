@@ -148,7 +148,7 @@ def as_json(rows: list[Row], baseline: dict[tuple[str, str], float]) -> list[dic
             "attention": row.attention, "layer": row.layer, "head": row.head,
             "measures": {
                 name: {
-                    **{part: round(float(value), 4) for part, value in estimate._asdict().items()},
+                    **{part: _rounded(value) for part, value in estimate._asdict().items()},
                     **({"fixed_offset": round(baseline[key], 4)} if (key := (row.attention, name)) in baseline else {}),
                 }
                 for name, estimate in row.measures.items()
@@ -156,6 +156,11 @@ def as_json(rows: list[Row], baseline: dict[tuple[str, str], float]) -> list[dic
         }
         for row in rows
     ]  # fmt: skip
+
+
+def _rounded(value: np.ndarray) -> float | None:
+    """Four decimals; null in JSON where nothing could be measured."""
+    return None if np.isnan(value) else round(float(value), 4)
 
 
 def _cell(name: str, estimate: Estimate, best: bool) -> str:

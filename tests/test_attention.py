@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from reference import numbers
 from flax import linen, nnx
+from reference import numbers
 
 from mhajax import attention, kernels, masks, positions
 from mhajax.attention import Config, Params

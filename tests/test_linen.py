@@ -12,7 +12,6 @@ import optax
 import pytest
 from flax import linen as nn
 from flax.errors import InvalidRngError, ScopeParamShapeError
-from flax.traverse_util import flatten_dict
 
 from mhajax import attention, language_model, linen, masks, translator
 from mhajax.block import Gates
@@ -45,6 +44,11 @@ def call(functions, params, inputs, config, **options):
     return functions.apply(params, *inputs, config, **options)
 
 
+def shapes(functions, config):
+    """The parameters without numbers, which is all that tracing needs."""
+    return jax.eval_shape(lambda: functions.init_params(jax.random.key(0), config))
+
+
 def program(function, *args):
     """What JAX would compile, as text: equal programs have equal numbers and gradients, bit for bit."""
     return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(function)(*args)))
@@ -63,18 +67,15 @@ def test_paths_and_heads():
     assert {name: leaf.shape for name, leaf in params.items()} == {
         "w_q": (N, D, H), "w_k": (K, D, H), "w_v": (K, D, HV), "w_o": (N, HV, D)
     }  # fmt: skip
-    params = flatten_dict(
-        jax.eval_shape(linen.Translator(MT).init, jax.random.key(0), SOURCE, TARGET)["params"], sep="/"
-    )
-    assert params["encoder/layers/attention/w_q"].shape == (3, N, D, H)
-    assert params["decoder/layers/cross/w_o"].shape == (2, N, HV, D)
+    params: Any = jax.eval_shape(linen.Translator(MT).init, jax.random.key(0), SOURCE, TARGET)["params"]
+    assert params["encoder"]["layers"]["attention"]["w_q"].shape == (3, N, D, H)
+    assert params["decoder"]["layers"]["cross"]["w_o"].shape == (2, N, HV, D)
     assert params["embedding"].shape == (V, D)
 
 
 def test_init_draws_every_head_anew():
-    params = linen.MultiHeadAttention(attention.Config(d_model=64, num_heads=4)).init(
-        jax.random.key(0), jnp.ones((1, 1, 64))
-    )["params"]
+    layer = linen.MultiHeadAttention(attention.Config(d_model=64, num_heads=4))
+    params: Any = layer.init(jax.random.key(0), jnp.ones((1, 1, 64)))["params"]
     heads = np.concatenate([params[name].reshape(4, -1) for name in ("w_q", "w_k", "w_v", "w_o")])
     np.testing.assert_allclose(heads.std(axis=1), 64**-0.5, rtol=0.1)
     assert np.abs(np.corrcoef(heads) - np.eye(16)).max() < 0.2
@@ -82,7 +83,7 @@ def test_init_draws_every_head_anew():
 
 @each
 def test_same_program(module, functions, inputs):
-    params = functions.init_params(jax.random.key(0), module.config)
+    params = shapes(functions, module.config)
     by_module = lambda params: module.apply({"params": to_dict(params)}, *inputs)  # noqa: E731
     by_function = lambda params: call(functions, params, inputs, module.config)  # noqa: E731
     assert program(by_module, params) == program(by_function, params)
@@ -116,7 +117,7 @@ def test_round_trip(module, functions, inputs):
 @pytest.mark.parametrize("name", ["language_model", "translator"])
 def test_features(name):
     module, functions, inputs = CASES[name]
-    params = functions.init_params(jax.random.key(0), module.config)
+    params = shapes(functions, module.config)
     by_module = lambda p: module.apply({"params": to_dict(p)}, *inputs, method="features")  # noqa: E731
     assert program(by_module, params) == program(lambda p: functions.features(p, *inputs, module.config), params)
 
@@ -127,7 +128,8 @@ def test_options_pass_through():
     variables = {"params": to_dict(params)}
     plain = layer.apply(variables, X)
     mask, gates = masks.causal(), jnp.arange(N) / 3
-    for options in ({"mask": mask}, {"gates": gates}, {"mask": mask, "gates": gates}):
+    combinations: Any = ({"mask": mask}, {"gates": gates}, {"mask": mask, "gates": gates})
+    for options in combinations:
         got = layer.apply(variables, X, **options)
         np.testing.assert_array_equal(got, attention.apply(params, X, ATTENTION, **options))
         assert not np.allclose(got, plain)
@@ -148,7 +150,7 @@ def test_options_pass_through():
 )
 def test_options_of_the_models_pass_through(name, options):
     module, functions, inputs = CASES[name]
-    params = functions.init_params(jax.random.key(0), module.config)
+    params = shapes(functions, module.config)
     by_module = lambda p, **options: module.apply({"params": to_dict(p)}, *inputs, **options)  # noqa: E731
     with_options = program(lambda p: by_module(p, **options), params)
     assert with_options == program(lambda p: call(functions, p, inputs, module.config, **options), params)

@@ -49,30 +49,37 @@ def program(function, *args):
     return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(function)(*args)))
 
 
-def with_params(module):
-    """The module as a function of its parameters, given as the functions' NamedTuple."""
-    graph, _ = nnx.split(module)
-    return lambda params: nnx.merge(graph, nnx.State(to_dict(params)))
+def shapes(kind, config):
+    """The module as a function of its parameters, and the parameters without numbers: all that tracing needs."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+    params = jax.eval_shape(lambda: kind.functions.init_params(jax.random.key(0), config))
+    return lambda params: nnx.merge(graph, nnx.State(to_dict(params))), params
 
 
 def paths(module):
-    return {"/".join(path): leaf[...].shape for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    return {"/".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
 @each
 def test_init_makes_the_functions_parameters(kind, config, inputs):
-    module = kind(config, rngs=nnx.Rngs(3))
-    params = kind.functions.init_params(nnx.Rngs(3).params(), config)
-    assert type(modules.functional(module)) is type(params)
-    chex.assert_trees_all_equal(modules.functional(module), params)
-    assert all(isinstance(leaf, nnx.Param) for _, leaf in nnx.to_flat_state(nnx.state(module)))
+    del inputs
+
+    @jax.jit
+    def both():
+        module, params = kind(config, rngs=nnx.Rngs(3)), kind.functions.init_params(nnx.Rngs(3).params(), config)
+        assert all(isinstance(leaf, nnx.Param) for _, leaf in nnx.to_flat_state(nnx.state(module)))
+        return modules.functional(module), params
+
+    ours, params = both()
+    assert type(ours) is type(params)
+    chex.assert_trees_all_close(ours, params, rtol=1e-6)
 
 
 def test_paths_and_heads():
     assert paths(modules.MultiHeadAttention(ATTENTION, rngs=nnx.Rngs(0))) == {
         "w_q": (N, D, H), "w_k": (K, D, H), "w_v": (K, D, HV), "w_o": (N, HV, D)
     }  # fmt: skip
-    found = paths(modules.Translator(MT, rngs=nnx.Rngs(0)))
+    found = paths(nnx.eval_shape(lambda: modules.Translator(MT, rngs=nnx.Rngs(0))))
     assert found["encoder/layers/attention/w_q"] == (3, N, D, H)
     assert found["decoder/layers/cross/w_o"] == (2, N, HV, D)
     assert found["embedding"] == (V, D)
@@ -80,8 +87,7 @@ def test_paths_and_heads():
 
 @each
 def test_same_program(kind, config, inputs):
-    module = kind(config, rngs=nnx.Rngs(0))
-    bind, params = with_params(module), modules.functional(module)
+    bind, params = shapes(kind, config)
     by_function = lambda params: call(kind.functions, params, inputs, config)  # noqa: E731
     assert program(lambda params: bind(params)(*inputs), params) == program(by_function, params)
 
@@ -105,7 +111,8 @@ def test_same_numbers_and_gradients(name):
 
 @each
 def test_round_trips(kind, config, inputs):
-    module, other = kind(config, rngs=nnx.Rngs(0)), kind(config, rngs=nnx.Rngs(1))
+    make = nnx.jit(lambda rngs: kind(config, rngs=rngs))
+    module, other = make(nnx.Rngs(0)), make(nnx.Rngs(1))
     params = modules.functional(module)
     assert not jnp.allclose(jax.tree.leaves(modules.functional(other))[0], jax.tree.leaves(params)[0])
     nnx.update(other, to_dict(params))
@@ -122,7 +129,7 @@ def test_a_part_of_a_model_is_functional_too():
 
 
 def test_tied_and_frozen_parameters():
-    layer = modules.MultiHeadAttention(attention.Config(d_model=D, num_heads=2), rngs=nnx.Rngs(0))
+    layer: Any = modules.MultiHeadAttention(attention.Config(d_model=D, num_heads=2), rngs=nnx.Rngs(0))
     layer.w_k = layer.w_q
     layer.w_v = nnx.Variable(layer.w_v[...])  # not an nnx.Param: no optimizer touches it
     grads = nnx.grad(lambda layer: jnp.sum(layer(X) ** 2))(layer)
@@ -134,8 +141,7 @@ def test_tied_and_frozen_parameters():
 @pytest.mark.parametrize("name", ["language_model", "translator"])
 def test_features(name):
     kind, config, inputs = CASES[name]
-    module = kind(config, rngs=nnx.Rngs(0))
-    bind, params = with_params(module), modules.functional(module)
+    bind, params = shapes(kind, config)
     by_function = lambda params: kind.functions.features(params, *inputs, config)  # noqa: E731
     assert program(lambda params: bind(params).features(*inputs), params) == program(by_function, params)
 
@@ -153,8 +159,7 @@ def test_features(name):
 )
 def test_options_pass_through(name, options):
     kind, config, inputs = CASES[name]
-    module = kind(config, rngs=nnx.Rngs(0))
-    bind, params = with_params(module), modules.functional(module)
+    bind, params = shapes(kind, config)
     with_options = program(lambda params: bind(params)(*inputs, **options), params)
     assert with_options == program(lambda params: call(kind.functions, params, inputs, config, **options), params)
     assert with_options != program(lambda params: bind(params)(*inputs), params)
@@ -183,7 +188,7 @@ DROPS: dict[str, Any] = {
 
 @pytest.mark.parametrize("make, inputs", DROPS.values(), ids=DROPS)
 def test_dropout_takes_its_stream(make, inputs):
-    module, same, other = (make(nnx.Rngs(params=0, dropout=seed)) for seed in (1, 1, 2))
+    module, same, other = (nnx.jit(make)(nnx.Rngs(params=0, dropout=seed)) for seed in (1, 1, 2))
     run = nnx.jit(lambda module: module(*inputs))
     first, second = run(module), run(module)
     np.testing.assert_array_equal(run(same), first)

@@ -25,7 +25,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     shutil.copytree(NOTEBOOK.parent.parent, copy, ignore=ignored)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     # The packages are those of the environment that is tested; installing again would move them.
-    notebook.cells[1].source = "import os, subprocess, sys\nsys.path.insert(0, os.getcwd())"
+    notebook.cells[1].source = "import os\nimport sys\nsys.path.insert(0, os.getcwd())"
     monkeypatch.setenv("MHAJAX_NOTEBOOK_OVERRIDES", SMALL)
     monkeypatch.setenv("PYTHONPATH", os.fspath(copy))
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": copy}}).execute()

@@ -39,5 +39,6 @@ def ratio(sums: ArrayLike, counts: ArrayLike, *, resamples: int = 1000, seed: in
     with np.errstate(invalid="ignore", divide="ignore"):
         value = sums.sum(0) / counts.sum(0)
         samples = (drawn @ sums.reshape(flat)) / (drawn @ counts.reshape(flat))
-        low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0).reshape(2, *value.shape)
+        samples = np.where(np.isnan(samples), value.ravel(), samples)  # a resample that drew no question says nothing
+        low, high = np.percentile(samples, [2.5, 97.5], axis=0).reshape(2, *value.shape)
     return Estimate(value, low, high)
