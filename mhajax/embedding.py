@@ -23,7 +23,7 @@ def embed(table: Array, tokens: Array, positions: Array, kind: Positions) -> Arr
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"embedding.embed: tokens must be integers [..., T], got {tokens.dtype} {tokens.shape}.")
     width = table.shape[-1]
-    x = table[tokens] * width**0.5
+    x = jnp.asarray(table)[tokens] * width**0.5
     return x + places.sinusoids(positions, width).astype(x.dtype) if kind == "sinusoidal" else x
 
 

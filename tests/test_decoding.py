@@ -7,28 +7,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import random_params
+from reference import numbers, random_params
 
 from mhajax import decoding, translator
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 V, END, LENGTH = 4, 0, 4
-TABLE = np.random.default_rng(7).normal(size=(2, LENGTH, V, V)).astype(np.float32) * 1.5  # [B, place, last, next]
+TABLE = 1.5 * numbers(7, 2, LENGTH, V, V, V)  # [B, place, last but one, last, next]
 LOG_P = np.asarray(jax.nn.log_softmax(TABLE))
-FIRST = np.array([1, 2])
+FIRST, BEFORE = np.array([1, 2]), 3
 
 
 def step(tokens, cache):
-    """Logits depend on the example, the place and the last token."""
-    example, place = cache
-    return jnp.asarray(TABLE)[example, place, tokens], (example, place + 1)
+    """Logits depend on the example, the place and the last two tokens, of which the cache holds one."""
+    example, before, place = cache
+    return jnp.asarray(TABLE)[example, place, before, tokens], (example, tokens, place + 1)
 
 
 def select(cache, rows):
-    return cache[0][rows], cache[1]
+    return cache[0][rows], cache[1][rows], cache[2]
 
 
 def start(copies=1):
-    return jnp.repeat(jnp.arange(2), copies), jnp.int32(0)
+    return jnp.repeat(jnp.arange(2), copies), jnp.full(2 * copies, BEFORE), jnp.int32(0)
+
+
+def log_p_of(example, text, table=LOG_P):
+    """Log-probability of a text, word for word."""
+    words = (BEFORE, FIRST[example], *text)
+    return sum(table[example, t, *words[t : t + 3]] for t in range(len(text)))
 
 
 def every_text(example, length_penalty):
@@ -36,10 +44,8 @@ def every_text(example, length_penalty):
     found = {}
     for words in itertools.product(range(V), repeat=LENGTH):
         text = words[: words.index(END) + 1] if END in words else words
-        chain = itertools.pairwise((FIRST[example], *text))
-        log_p = sum(LOG_P[example, t, a, b] for t, (a, b) in enumerate(chain))
         filled = text + (END,) * (LENGTH - len(text))
-        found[filled] = log_p / ((5 + len(text)) / 6) ** length_penalty
+        found[filled] = log_p_of(example, text) / ((5 + len(text)) / 6) ** length_penalty
     return sorted(found.items(), key=lambda item: -item[1])
 
 
@@ -59,7 +65,7 @@ def test_enough_beams_find_everything(length_penalty):
         assert np.all(np.isneginf(result.scores[example, len(scores) :]))
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 6.0])
 def test_few_beams_give_texts_with_their_true_scores(length_penalty):
     result = search(3, length_penalty)
     for example in range(2):
@@ -68,7 +74,27 @@ def test_few_beams_give_texts_with_their_true_scores(length_penalty):
         assert len(set(texts)) == 3
         np.testing.assert_allclose([truth[text] for text in texts], result.scores[example], rtol=1e-5)
         assert np.all(np.diff(result.scores[example]) <= 0)
-        assert result.scores[example, 0] == pytest.approx(max(truth.values()), rel=1e-5)  # it is there to be found
+        best = every_text(example, length_penalty)[:3]  # of these examples three beams find the three best
+        assert texts == [text for text, _ in best]
+
+
+@pytest.mark.parametrize(("length_penalty", "text", "steps"), [(6.0, [2, 2, 2, END], 4), (0.0, [END] * 4, 1)])
+def test_a_search_goes_on_while_a_longer_text_can_still_win_and_no_longer(length_penalty, text, steps):
+    """At every step the text ends with probability 0.55."""
+    p, calls = np.array([0.55, 0.0, 0.45, 0.0]), []
+
+    def model(tokens, cache):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.broadcast_to(jnp.log(p + 1e-9), (1, V)), cache
+
+    found = decoding.beam_search(
+        model, lambda cache, rows: cache, None, jnp.array([1]),
+        beams=1, length=4, end=END, length_penalty=length_penalty,
+    )  # fmt: skip
+    jax.effects_barrier()
+    assert found.tokens[0, 0].tolist() == text and len(calls) == steps
+    expected = (3 * np.log(0.45) + np.log(0.55)) / 1.5**6 if steps == 4 else np.log(0.55)
+    np.testing.assert_allclose(found.scores[0, 0], expected, rtol=1e-5)
 
 
 def greedy(length=LENGTH, end=END, model=step):
@@ -79,9 +105,10 @@ def greedy(length=LENGTH, end=END, model=step):
 def greedy_by_hand(end, log_p=LOG_P):
     texts = np.full((2, LENGTH), 0 if end is None else end)
     for example in range(2):
-        last = FIRST[example]
+        before, last = BEFORE, FIRST[example]
         for t in range(LENGTH):
-            last = texts[example, t] = np.argmax(log_p[example, t, last])
+            before, last = last, np.argmax(log_p[example, t, before, last])
+            texts[example, t] = last
             if last == end:
                 break
     return texts
@@ -103,8 +130,8 @@ def test_one_beam_is_greedy_where_no_text_ends():
     never[..., END] = -50
 
     def model(tokens, cache):
-        example, place = cache
-        return jnp.asarray(never)[example, place, tokens], (example, place + 1)
+        example, before, place = cache
+        return jnp.asarray(never)[example, place, before, tokens], (example, tokens, place + 1)
 
     found = decoding.beam_search(
         model, select, start(), jnp.asarray(FIRST), beams=1, length=LENGTH, end=END, length_penalty=0.0
@@ -112,9 +139,7 @@ def test_one_beam_is_greedy_where_no_text_ends():
     np.testing.assert_array_equal(found.tokens[:, 0], greedy(model=model))
     texts, log_p = greedy_by_hand(None, never), np.asarray(jax.nn.log_softmax(never))
     for b in range(2):
-        chain = itertools.pairwise((FIRST[b], *texts[b]))
-        expected = sum(log_p[b, t, a, c] for t, (a, c) in enumerate(chain))
-        np.testing.assert_allclose(found.scores[b, 0], expected, rtol=1e-5)
+        np.testing.assert_allclose(found.scores[b, 0], log_p_of(b, texts[b], log_p), rtol=1e-5)
 
 
 def test_generation_stops_when_all_texts_are_over():
@@ -183,12 +208,12 @@ def test_sampled_texts_follow_their_key_and_end_at_the_end():
     ends = np.cumsum(texts == END, axis=-1) > 0
     assert np.all(texts[ends] == END)
     for example in range(2):  # the first two tokens, against the table
-        truth = np.exp(LOG_P[example, 0, FIRST[example]])
+        truth = np.exp(LOG_P[example, 0, BEFORE, FIRST[example]])
         np.testing.assert_allclose(
             np.bincount(texts[:, example, 0], minlength=V) / 400, truth, atol=4 * np.sqrt(0.25 / 400)
         )
         after = texts[texts[:, example, 0] == np.argmax(truth[1:]) + 1, example, 1]
-        truth = np.exp(LOG_P[example, 1, np.argmax(truth[1:]) + 1])
+        truth = np.exp(LOG_P[example, 1, FIRST[example], np.argmax(truth[1:]) + 1])
         np.testing.assert_allclose(
             np.bincount(after, minlength=V) / len(after), truth, atol=4 * np.sqrt(0.25 / len(after))
         )
@@ -216,6 +241,9 @@ def model():
     return config, params, np.random.default_rng(0).integers(0, 11, (2, 5)), np.array([5, 3])
 
 
+full_model = jax.jit(translator.apply, static_argnames="config")
+
+
 def advance(config, params, tokens, state):
     logits, state = translator.extend(params, tokens[:, None], state, config)
     return logits[:, 0], state
@@ -232,7 +260,7 @@ def test_a_translator_with_cache_writes_what_it_would_without(model):
             partial(advance, config, params), state, first, decoding.greedy, jax.random.key(0), length=length, end=end
         )
 
-    full = jax.jit(partial(translator.apply, config=config))
+    full = partial(full_model, config=config)
     target = np.full((2, length + 1), 1)  # later places do not matter: the model is causal
     over = np.zeros(2, bool)
     for t in range(length):
@@ -245,7 +273,7 @@ def test_a_translator_with_cache_writes_what_it_would_without(model):
 
 def test_beams_of_a_translator_have_the_scores_of_the_full_model(model):
     config, params, source, lengths = model
-    beams, length, end = 3, 5, 2
+    beams, length, end = 3, 7, 2
 
     @jax.jit
     def search(params):
@@ -257,7 +285,7 @@ def test_beams_of_a_translator_have_the_scores_of_the_full_model(model):
         )
 
     found = search(params)
-    full = jax.jit(partial(translator.apply, config=config))
+    full = partial(full_model, config=config)
     assert len({tuple(text) for text in found.tokens[0].tolist()}) == beams
     for k in range(beams):
         written = np.asarray(found.tokens[:, k])

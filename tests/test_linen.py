@@ -49,6 +49,12 @@ def shapes(functions, config):
     return jax.eval_shape(lambda: functions.init_params(jax.random.key(0), config))
 
 
+def numbers(functions, config, seed=0):
+    """Parameters with some numbers; quicker than to compile the drawing of good ones."""
+    draw = np.random.default_rng(seed).normal
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * draw(size=leaf.shape), leaf.dtype), shapes(functions, config))
+
+
 def program(function, *args):
     """What JAX would compile, as text: equal programs have equal numbers and gradients, bit for bit."""
     return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(function)(*args)))
@@ -92,7 +98,7 @@ def test_same_program(module, functions, inputs):
 @pytest.mark.parametrize("name", ["attention", "language_model"])
 def test_same_numbers_and_gradients(name):
     module, functions, inputs = CASES[name]
-    params = functions.init_params(jax.random.key(0), module.config)
+    params = numbers(functions, module.config)
 
     @jax.jit
     def both(params):
@@ -108,7 +114,7 @@ def test_same_numbers_and_gradients(name):
 
 @each
 def test_round_trip(module, functions, inputs):
-    params = functions.init_params(jax.random.key(0), module.config)
+    params = numbers(functions, module.config)
     for variables in ({"params": to_dict(params)}, to_dict(params), {"params": to_dict(params), "batch_stats": {}}):
         chex.assert_trees_all_equal(linen.functional(module, variables), params)
     assert type(linen.functional(module, to_dict(params))) is functions.Params
@@ -124,7 +130,7 @@ def test_features(name):
 
 def test_options_pass_through():
     layer: Any = linen.MultiHeadAttention(ATTENTION)
-    params = attention.init_params(jax.random.key(0), ATTENTION)
+    params = numbers(attention, ATTENTION)
     variables = {"params": to_dict(params)}
     plain = layer.apply(variables, X)
     mask, gates = masks.causal(), jnp.arange(N) / 3
@@ -169,7 +175,7 @@ DROPS: dict[str, Any] = {
 
 @pytest.mark.parametrize("module, inputs", DROPS.values(), ids=DROPS)
 def test_dropout_takes_its_rng(module, inputs):
-    params = module.functions.init_params(jax.random.key(0), module.config)
+    params = numbers(module.functions, module.config)
     variables = {"params": to_dict(params)}
     train = jax.jit(lambda key: module.apply(variables, *inputs, deterministic=False, rngs={"dropout": key}))
     one, again, other = train(jax.random.key(1)), train(jax.random.key(1)), train(jax.random.key(2))
@@ -183,7 +189,7 @@ def test_dropout_takes_its_rng(module, inputs):
 
 def test_dropout_is_the_functions():
     layer: Any = linen.MultiHeadAttention(ATTENTION, dropout_rate=0.5)
-    params = attention.init_params(jax.random.key(0), ATTENTION)
+    params = numbers(attention, ATTENTION)
     variables = {"params": to_dict(params)}
     train = lambda key: layer.apply(variables, X, deterministic=False, rngs={"dropout": key})  # noqa: E731
     outputs = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(1), 400))
@@ -204,17 +210,17 @@ def test_parameters_of_another_config_are_refused():
     layer: Any = linen.MultiHeadAttention(ATTENTION)
     other = replace(ATTENTION, num_heads=3)
     with pytest.raises(ScopeParamShapeError, match="w_q"):
-        layer.apply({"params": to_dict(attention.init_params(jax.random.key(0), other))}, X)
-    biased = {"params": to_dict(attention.init_params(jax.random.key(0), replace(ATTENTION, use_bias=True)))}
+        layer.apply({"params": to_dict(numbers(attention, other))}, X)
+    biased = {"params": to_dict(numbers(attention, replace(ATTENTION, use_bias=True)))}
     with pytest.raises(ValueError, match="b_k.*another config"):
         layer.apply(biased, X)
     with pytest.raises(ValueError, match="b_k.*another config"):
         linen.functional(layer, biased)
 
-    deeper = language_model.init_params(jax.random.key(0), replace(LM, num_layers=3))
+    deeper = numbers(language_model, replace(LM, num_layers=3))
     with pytest.raises(ScopeParamShapeError, match="stack"):
         linen.LanguageModel(LM).apply({"params": to_dict(deeper)}, TARGET)
-    ungated = language_model.init_params(jax.random.key(0), replace(LM, activation="gelu"))
+    ungated = numbers(language_model, replace(LM, activation="gelu"))
     with pytest.raises(ValueError, match=r"stack\.layers\.mlp must hold .*w_gate"):
         linen.functional(linen.LanguageModel(LM), to_dict(ungated))
 

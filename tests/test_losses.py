@@ -11,6 +11,8 @@ import pytest
 
 from mhajax import losses
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 B, T, D, V = 3, 5, 7, 11
 _random = np.random.default_rng(0)
 FEATURES: Any = _random.normal(size=(B, T, D)).astype(np.float32)
