@@ -88,15 +88,16 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
     """
     times = Times(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    finished = (folder / RESULT).is_file()
     task = prepare(config, folder)
     _same_data(folder, task)
-    write(folder / CONFIG, schema.to_toml(config))
+    state, checkpoints = _latest(config.training, task, folder)
+    write(folder / CONFIG, schema.to_toml(config))  # not before it is known to fit what the folder holds
     write(folder / ENVIRONMENT, json.dumps(_environment(task), indent=2) + "\n")
     for note in task.notes:
         console.print(note, style="dim", highlight=False, soft_wrap=True)
+    finished = (folder / RESULT).is_file() and int(state.step) >= config.training.steps
     with Board(folder if tensorboard else None) as board:
-        state, checkpoints = _train(config.training, task, folder, console, times, board)
+        state = _train(config.training, task, state, checkpoints, folder, console, times, board)
     console.print()
     best = checkpoints.best_score()
     params = state.evaluated if best is None else checkpoints.best(state.evaluated)
@@ -185,9 +186,8 @@ def _new_state(config: training.Config, task: Task) -> training.State:
     return training.init(task.init_params, training.optimizer(config), config)
 
 
-def _train(config: training.Config, task: Task, folder: Path, console: Console, times: Times, board: Board):
-    """Train to the end, from the latest checkpoint if there is one."""
-    optimizer = training.optimizer(config)
+def _latest(config: training.Config, task: Task, folder: Path) -> tuple[training.State, training.Checkpoints]:
+    """The latest state of the run, or a new one."""
     state = _new_state(config, task)
     checkpoints = training.Checkpoints(folder / "checkpoints")
     if checkpoints.latest_step() is not None:
@@ -195,15 +195,24 @@ def _train(config: training.Config, task: Task, folder: Path, console: Console, 
             state = checkpoints.restore(state)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+    return state, checkpoints
+
+
+def _train(
+    config: training.Config, task: Task, state: training.State, checkpoints: training.Checkpoints,
+    folder: Path, console: Console, times: Times, board: Board,
+) -> training.State:  # fmt: skip
+    """Train to the end, from wherever the state is."""
     done = int(state.step)
     _forget_after(folder / METRICS, done)
     times.start(done)
     if done >= config.steps:
         console.print(f"[dim]already trained: {done} batches[/dim]", highlight=False)
-        return state, checkpoints
+        return state
+    (folder / RESULT).unlink(missing_ok=True)  # of a shorter training; a run with a result is finished
     if done:
         console.print(f"[dim]going on after batch {done} of {config.steps}[/dim]", highlight=False)
-    step = training.make_step(task.loss, optimizer, config)
+    step = training.make_step(task.loss, training.optimizer(config), config)
     with open(folder / METRICS, "a", encoding="utf-8") as metrics, Display(console, config, task, done) as display:
 
         def record(lines: list[dict[str, Any]]) -> None:
@@ -223,10 +232,9 @@ def _train(config: training.Config, task: Task, folder: Path, console: Console, 
                 times.tokens += task.tokens(batch)
                 yield batch
 
-        state = training.fit(
+        return training.fit(
             state, step, counted, config, evaluate=evaluate, checkpoints=checkpoints, record=record
         )  # fmt: skip
-    return state, checkpoints
 
 
 def _curve(folder: Path, config: configs.Experiment) -> None:

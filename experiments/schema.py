@@ -18,24 +18,20 @@ Three rules that are not obvious:
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import difflib
 import functools
-import json
 import math
-import re
 import tomllib
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from experiments import toml
 from experiments.errors import ConfigError
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
 _EXAMPLES = {bool: "true", int: "8", float: "0.1", str: '"name"'}
-_TOML_TYPES = {bool: "boolean", int: "integer", float: "float", str: "string", list: "array", dict: "table"}
 
 
 def read(path: str | Path, schema: Any, overrides: Sequence[str] = ()) -> Any:
@@ -49,45 +45,20 @@ def read(path: str | Path, schema: Any, overrides: Sequence[str] = ()) -> Any:
     Raises:
       ConfigError: the file cannot be read, is not TOML, or does not fit the schema.
     """
-    table = _load(Path(path))
+    table = toml.load(Path(path))
     try:
-        table = merge(table, overrides)
+        table = toml.merge(table, overrides)
     except ConfigError as error:
         raise ConfigError(f"{path}, {error}") from None
     typed: dict[str, str] = {}
     for text in overrides:
-        typed[".".join(_parse_override(text)[0])] = text  # of two for one key the last counts, as in merge
+        typed[".".join(toml.parse_override(text)[0])] = text  # of two for one key the last counts, as in merge
     return _build(table, schema, str(path), typed)
 
 
 def build(table: dict, schema: Any, *, where: str = "config") -> Any:
     """Turns a parsed TOML table into the dataclass `schema`; `where` is what error messages call the source."""
     return _build(table, schema, where, {})
-
-
-def merge(table: Mapping[str, Any], overrides: Iterable[str]) -> dict:
-    """Returns a copy of `table` with the overrides applied in order, so that the last one for a key wins.
-
-    Each override is one TOML line, `dotted.key=value`. An inline table replaces the whole table, which is the way to
-    switch to another kind: `data={kind="text", root="corpus"}`. A value that is not TOML (`data.root=/tmp/x`, whose
-    quotes the shell ate) is kept as unquoted text, which `build` accepts where the field is text.
-
-    >>> merge({"seed": 0, "model": {"num_heads": 4}}, ["model.num_heads=8", "model.bias=true"])
-    {'seed': 0, 'model': {'num_heads': 8, 'bias': True}}
-    """
-    merged = copy.deepcopy(dict(table))
-    for text in overrides:
-        keys, value = _parse_override(text)
-        inner = merged
-        for depth, key in enumerate(keys[:-1], start=1):
-            inner = inner.setdefault(key, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(
-                    f"override {text!r}: {'.'.join(keys[:depth])} is {_show(inner)}, not a table, so it has no key "
-                    f"{keys[depth]}; override {'.'.join(keys[:depth])} as a whole."
-                )
-        inner[keys[-1]] = value
-    return merged
 
 
 def to_toml(config: Any) -> str:
@@ -109,9 +80,9 @@ def to_toml(config: Any) -> str:
             if dataclasses.is_dataclass(value):
                 tables.append((name, value))
             elif value is not None:
-                lines.append(f"{_key(name)} = {_literal(value)}")
+                lines.append(f"{toml.key(name)} = {toml.literal(value)}")
         for name, value in tables:  # after the plain keys, which would else fall into the table above them
-            child = _join(path, _key(name))
+            child = _join(path, toml.key(name))
             lines.extend(([""] if lines else []) + [f"[{child}]"])
             write(value, child)
 
@@ -124,82 +95,6 @@ def to_toml(config: Any) -> str:
             "a field that may be None needs None as its default, for TOML has no null."
         )
     return text
-
-
-class _Unquoted(str):
-    """The value of an override that is not TOML; text if the field is text, else a mistake."""
-
-
-def _load(path: Path) -> dict:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        folder = path.parent
-        if not folder.is_dir():
-            raise ConfigError(f"{path}: there is no such file, and no folder {folder} either.") from None
-        near = _nearest(path.name, [file.name for file in folder.iterdir() if file.is_file()], cutoff=0.5)
-        hint = f"; did you mean {folder / near}?" if near else f" in {folder.resolve()}."
-        raise ConfigError(f"{path}: there is no such file{hint}") from None
-    except IsADirectoryError:
-        files = sorted(file.name for file in path.glob("*.toml"))
-        listing = f"; it holds {', '.join(files)}" if files else ""
-        raise ConfigError(f"{path}: this is a folder, not a TOML file{listing}.") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: the file cannot be read: {error.strerror}.") from error
-    if b"\0" in raw:
-        raise ConfigError(f"{path}: this is a binary file (or UTF-16), not TOML text in UTF-8.")
-    try:
-        text = raw.decode("utf-8-sig")  # editors on Windows put a byte order mark, which tomllib refuses
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        byte = f"byte 0x{raw[error.start]:02x} in line {line}"
-        raise ConfigError(f"{path}: the file is not UTF-8 ({byte}); save it again as UTF-8.") from error
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(_syntax_message(path, text.replace("\r\n", "\n"), str(error))) from error
-
-
-def _syntax_message(path: Path, text: str, problem: str) -> str:
-    lines = text.rstrip("\n").split("\n")
-    found = re.search(r" \(at line (\d+), column (\d+)\)$", problem)
-    if found:
-        line, column = int(found[1]), int(found[2])
-    else:  # "(at end of document)"
-        line, column = len(lines), len(lines[-1]) + 1
-    shown = lines[line - 1] if line <= len(lines) else ""
-    hint = '; text needs quotes: key = "text"' if problem.startswith("Invalid value") else ""
-    reason = re.sub(r" \(at .*\)$", "", problem)
-    margin = " " * len(str(line))
-    caret = re.sub(r"[^\t]", " ", shown[: column - 1])  # tabs kept, so that the caret stands under its column
-    return (
-        f"{path}, line {line}, column {column}: this is not valid TOML ({reason}){hint}\n"
-        f"  {line} | {shown}\n  {margin} | {caret}^"
-    )
-
-
-def _parse_override(text: str) -> tuple[list[str], Any]:
-    """Splits `a.b=value` into (["a", "b"], value)."""
-    key, equals, raw = (part.strip() for part in text.partition("="))
-    try:
-        node = tomllib.loads(f"{key}=0") if equals and "\n" not in text else None
-    except ValueError:
-        node = None
-    if not node:
-        raise ConfigError(f"override {text!r}: this is not key=value; write one such as model.num_heads=8.")
-    if not raw:
-        raise ConfigError(f"""override {text!r}: the value is missing; for empty text write '{key}=""'.""")
-    keys = []
-    while isinstance(node, dict):
-        keys += node
-        node = node[keys[-1]]
-    try:
-        value: Any = tomllib.loads(text)
-    except ValueError:
-        return keys, _Unquoted(raw)
-    for name in keys:
-        value = value[name]
-    return keys, value
 
 
 @functools.cache
@@ -252,7 +147,7 @@ def _homes(schema: type, path: str = "", home: str = "", inside: tuple = ()) -> 
         for kind, member in kinds.items():
             if isinstance(member, type) and dataclasses.is_dataclass(member) and member not in inside:
                 child = _join(path, name)
-                label = brackets.format(child) + (f" with kind = {_literal(kind)}" if kind else "")
+                label = brackets.format(child) + (f" with kind = {toml.literal(kind)}" if kind else "")
                 yield from _homes(member, child, label, (*inside, member))
 
 
@@ -260,7 +155,7 @@ def _describe(hint: Any) -> tuple[str, str]:
     """A type in words that a user of a config file knows, and an example of it in TOML."""
     first = _alternatives(hint)[0]
     if get_origin(first) is Literal:
-        return f"{'one of ' if len(get_args(first)) > 1 else ''}{_listed(get_args(first))}", _literal(
+        return f"{'one of ' if len(get_args(first)) > 1 else ''}{_listed(get_args(first))}", toml.literal(
             get_args(first)[0]
         )
     if get_origin(first) is tuple:
@@ -307,7 +202,7 @@ def _of_kind(table: dict, members: list[type], path: str, source: _Source) -> ty
         return members[0]
     kinds, key = _kinds(members), _join(path, "kind")
     if "kind" not in table:
-        lines = " or ".join(f"kind = {_literal(kind)}" for kind in kinds)
+        lines = " or ".join(f"kind = {toml.literal(kind)}" for kind in kinds)
         what = f"which [{path}] this is" if path else "what this config is for"
         raise source.error(key, f"{key} is missing: it says {what}; write {lines}.")
     return kinds[_choice(table["kind"], Literal[tuple(kinds)], key, source)]  # type: ignore
@@ -317,7 +212,7 @@ def _table(value: Any, members: list[type], path: str, source: _Source, default:
     """Builds one of the dataclasses `members`; keys that are left out come from the instance `default`, if any."""
     if not isinstance(value, dict):
         example = source.line(path, '{key = 1, word = "text"}')
-        message = f"{path or 'the config'} must be a table, got {_show(value)}"
+        message = f"{path or 'the config'} must be a table, got {toml.show(value)}"
         raise source.error(path, f"{message}; write [{path}] and its keys below it, or {example}")
     schema = _of_kind(value, members, path, source)
     if any(key not in _fields(schema) for key in value):
@@ -364,7 +259,7 @@ def _convert(value: Any, hint: Any, path: str, source: _Source, default: Any = d
     if get_origin(kind) is tuple and isinstance(value, list):
         element = get_args(kind)[0]
         return tuple(_convert(item, element, f"{path}[{i}]", source) for i, item in enumerate(value))
-    if isinstance(value, _Unquoted):
+    if isinstance(value, toml.Unquoted):
         if kind is str and value[0] not in "\"'[{":  # those begin TOML that went wrong, not text without quotes
             return str(value)
         raise _wrong_type(value, hint, path, source)
@@ -374,7 +269,7 @@ def _convert(value: Any, hint: Any, path: str, source: _Source, default: Any = d
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise source.error(path, f"{path} must be a finite number, got {_show(value)}.")
+            raise source.error(path, f"{path} must be a finite number, got {toml.show(value)}.")
         return number
     if type(value) is not kind:  # and not isinstance: true is an int to Python, but not to a user
         raise _wrong_type(value, hint, path, source)
@@ -387,18 +282,18 @@ def _choice(value: Any, literal: Any, path: str, source: _Source) -> Any:
         if type(item) is type(value) and item == value:
             return item
     words, _ = _describe(literal)
-    message = f"{path} must be {words}, got {_show(value)}"
-    near = _nearest(str(value), [str(item) for item in allowed])
+    message = f"{path} must be {words}, got {toml.show(value)}"
+    near = toml.nearest(str(value), [str(item) for item in allowed])
     if near is None:
         raise source.error(path, message + ".")
-    meant = _literal(next(item for item in allowed if str(item) == near))
+    meant = toml.literal(next(item for item in allowed if str(item) == near))
     advice = f"write {source.line(path, meant)}" if near == str(value) else f"did you mean {meant}?"
     raise source.error(path, f"{message}; {advice}")
 
 
 def _wrong_type(value: Any, hint: Any, path: str, source: _Source) -> ConfigError:
     words, example = _describe(hint)
-    message = f"{path} must be {words}, got {_show(value)}"
+    message = f"{path} must be {words}, got {toml.show(value)}"
     if isinstance(value, str) and value.lower() in ("none", "null") and _optional(hint):
         return source.error(path, f"{message}; TOML has no null: leave the key out instead.")
     if source.trial:
@@ -416,11 +311,11 @@ def _repairs(value: Any) -> list[str]:
     """TOML texts that a user may have meant by `value`, for `_wrong_type` to try."""
     if isinstance(value, (list, dict)):
         return []
-    bare = (str(value) if isinstance(value, str) else _literal(value)).strip(" \"'")
+    bare = (str(value) if isinstance(value, str) else toml.literal(value)).strip(" \"'")
     number = (f"0{bare}" if bare.startswith(".") else bare).removesuffix(".0").removesuffix(".")
     boolean = {"0": "false", "1": "true"}.get(bare, bare.lower())
     words = [part.strip(" \"'") for part in bare.strip("[]").split(",")]
-    return [bare, number, boolean, f"[{bare}]", _literal(bare), _literal(words)]
+    return [bare, number, boolean, f"[{bare}]", toml.literal(bare), toml.literal(words)]
 
 
 def _unknown_keys(table: dict, schema: type, path: str, source: _Source) -> ConfigError:
@@ -431,12 +326,12 @@ def _unknown_keys(table: dict, schema: type, path: str, source: _Source) -> Conf
     lines, ending = [], ""
     unknown = [key for key in table if key not in known]
     for key in unknown:
-        child = _join(path, _key(key))
+        child = _join(path, toml.key(key))
         if isinstance(table[key], dict):
             line = f"[{child}] is not a known table"
         else:
-            line = f"{child} = {_show(table[key], named=False)} is not a known key"
-        near, afar = _nearest(key, known), _nearest(key, homes)
+            line = f"{child} = {toml.show(table[key], named=False)} is not a known key"
+        near, afar = toml.nearest(key, known), toml.nearest(key, homes)
         if key in homes:
             line += f"; {key} belongs to {homes[key]}"
         if near:
@@ -451,43 +346,8 @@ def _unknown_keys(table: dict, schema: type, path: str, source: _Source) -> Conf
     return source.error(path, f"{len(lines)} unknown keys:\n  " + "\n  ".join(lines) + ending)
 
 
-def _literal(value: Any) -> str:
-    """A value as TOML."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return int.__repr__(value)
-    if isinstance(value, float):
-        return float.__repr__(value)
-    if isinstance(value, str):  # JSON's escapes are TOML's, except for DEL, which TOML wants escaped
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_literal, value))}]"
-    if dataclasses.is_dataclass(value):
-        value = {name: getattr(value, name) for name in _fields(type(value)) if getattr(value, name) is not None}  # type: ignore
-    if isinstance(value, dict):
-        inner = ", ".join(f"{_key(name)} = {_literal(item)}" for name, item in value.items())
-        return f"{{{inner}}}"
-    if type(value).__module__ == "datetime":
-        return str(value)
-    raise ValueError(f"schema.to_toml: a value must be bool, int, float, str, tuple or dataclass, got {value!r}.")
-
-
-def _show(value: Any, named: bool = True) -> str:
-    """A value for a message, cut if long: `the string "8"`."""
-    unquoted = isinstance(value, _Unquoted)
-    text = str(value) if unquoted else _literal(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    name = "unquoted text" if unquoted else _TOML_TYPES.get(type(value), "date or time")
-    return f"the {name} {text}" if named else text
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _literal(name)
-
-
 def _listed(values: Iterable[Any]) -> str:
-    texts = [_literal(value) for value in values]
+    texts = [toml.literal(value) for value in values]
     return ", ".join(texts[:-1]) + (" or " if len(texts) > 1 else "") + texts[-1]
 
 
@@ -497,9 +357,3 @@ def _join(path: str, name: str) -> str:
 
 def _within(path: str, table: str) -> bool:
     return not table or path == table or path.startswith((f"{table}.", f"{table}["))
-
-
-def _nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    by_lower = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
-    return by_lower[found[0]] if found else None

@@ -85,15 +85,7 @@ def test_importing_the_library_is_light():
     assert loaded & set(HEAVY) == set()
 
 
-TOO_LONG = {"grammar.py", "schema.py"}  # to be split; nothing may be added
-
-
-def sized(path: Path):
-    marks = pytest.mark.xfail(strict=True, reason="too long") if path.name in TOO_LONG else ()
-    return pytest.param(path, marks=marks, id=ids(path))
-
-
-@pytest.mark.parametrize("path", [sized(path) for path in LIBRARY + EXPERIMENTS])
+@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS, ids=ids)
 def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) < 450
     assert path.name != "utils.py"

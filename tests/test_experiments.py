@@ -163,10 +163,10 @@ def test_a_changed_config_is_another_run(finished):
 def test_going_on_with_another_model_is_refused(finished, tmp_path):
     _, run, _ = finished
     copy = shutil.copytree(run, tmp_path / "copy")
-    before = (copy / "result.json").read_bytes()
+    before = [(copy / name).read_bytes() for name in ("result.json", "config.toml", "metrics.jsonl")]
     status, _, err = call(copy, "model.d_model=24", "training.steps=13")
     assert status == 2 and "another config" in err and "Traceback" not in err
-    assert (copy / "result.json").read_bytes() == before
+    assert [(copy / name).read_bytes() for name in ("result.json", "config.toml", "metrics.jsonl")] == before
 
 
 def test_a_run_can_be_continued_for_longer(finished, tmp_path):
@@ -174,7 +174,10 @@ def test_a_run_can_be_continued_for_longer(finished, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     status, out, err = call(copy, "training.steps=14", "--json")
     assert status == 0 and "going on after batch 12 of 14" in err
-    assert json.loads(out)["steps"] == 14
+    result = json.loads(out)
+    assert result["steps"] == 14 and result["seconds"] > finished[0]["seconds"]
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 15))
 
 
 def test_data_that_changed_are_noticed(finished, tmp_path):

@@ -17,6 +17,8 @@ from mhajax import attention, language_model, linen, masks, translator
 from mhajax.block import Gates
 from mhajax.tree import to_dict
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 B, T, S, D, N, K, H, HV, V, F = 2, 5, 7, 10, 6, 3, 4, 9, 11, 13
 HEADS: dict[str, Any] = dict(d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, value_dim=HV)
 ATTENTION = attention.Config(**HEADS)

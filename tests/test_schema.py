@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from experiments import schema
+from experiments import schema, toml
 from experiments.errors import ConfigError
 
 
@@ -163,7 +163,7 @@ def test_unquoted_text_in_overrides(write):
 
 def test_merge_leaves_its_argument_alone():
     table = {"model": {"num_heads": 4}}
-    assert schema.merge(table, ["model.num_heads=8", "seed=1"]) == {"model": {"num_heads": 8}, "seed": 1}
+    assert toml.merge(table, ["model.num_heads=8", "seed=1"]) == {"model": {"num_heads": 8}, "seed": 1}
     assert table == {"model": {"num_heads": 4}}
 
 
