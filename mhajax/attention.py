@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from mhajax import dropout, kernels
+from mhajax import checks, kernels
 from mhajax.masks import Mask, Tokens, as_mask, tokens
 
 CAPTURES = ("queries", "keys", "values", "logits", "weights", "heads", "contributions")
@@ -201,18 +201,14 @@ def apply_captured(
     Raises:
       ValueError: for a name that does not exist; else as `apply`.
     """
-    _check_input("x", x, config)
+    checks.stream("x", x, config)
     mask = as_mask(mask)
     if memory is None:
         memory_positions = positions if memory_positions is None else memory_positions
         memory = x
     else:
-        _check_input("memory", memory, config)
-        if memory.shape[:-2] != x.shape[:-2]:
-            raise ValueError(
-                f"attention.apply: memory must have the leading axes of x, {x.shape[:-2]}, got {memory.shape[:-2]} "
-                f"(x {x.shape}, memory {memory.shape}); jnp.broadcast_to a shared memory."
-            )
+        checks.stream("memory", memory, config)
+        checks.same_leading(x, memory)
     masked = mask is not None or options.get("bias") is not None
     answers = keys_values(params, memory, config, positions=memory_positions, rotate=rotate, masked=masked)
     return apply_to(
@@ -244,8 +240,9 @@ def keys_values(
     Returns:
       Keys [..., K, S, H] and values [..., K, S, Hv].
     """
-    _check_input("memory", memory, config)
-    _check_params(params, config)
+    checks.stream("memory", memory, config)
+    checks.parameters(params, config)
+    checks.positions("memory_positions", positions, memory)
     params = jax.tree.map(lambda w: w.astype(memory.dtype), params)
     spoilt = None
     if masked:
@@ -287,10 +284,18 @@ def apply_to(
     Returns:
       The output [..., T, D], and a dict with an array for every name in `capture`.
     """
-    _check_input("x", x, config)
-    _check_params(params, config)
-    _check_options(config, x, gates, dropout_rate, dropout_key, capture)
+    checks.stream("x", x, config)
+    checks.parameters(params, config)
     mask = as_mask(mask)
+    gates = None if gates is None else jnp.asarray(gates)
+    bias = None if bias is None else jnp.asarray(bias)
+    whole = isinstance(start, int) and start == 0
+    checks.mask_sizes(mask, x.shape[-2] if whole else None, answers.k.shape[-2])
+    checks.positions("positions", positions, x)
+    checks.bias(bias, x)
+    checks.gates(gates, x, config)
+    checks.dropped(dropout_rate, dropout_key)
+    checks.captures(capture, CAPTURES)
     queries = tokens(x.shape[-2], positions)._replace(start=start)
     params = jax.tree.map(lambda w: w.astype(x.dtype), params)
     asking, spoilt = (x, None) if mask is None and bias is None else _sound(x)
@@ -343,45 +348,3 @@ def _with_heads(positions: Array | None, length: int) -> Array:
     if positions is None:
         return jnp.arange(length)
     return positions if positions.ndim == 1 else positions[..., None, :]
-
-
-def _check_input(name: str, x: Array, config: Config) -> None:
-    if x.ndim < 2 or x.shape[-1] != config.d_model:
-        axes = "[..., T, D={}]" if name == "x" else "[..., S, D={}]"
-        raise ValueError(
-            f"attention.apply: {name} must be {axes.format(config.d_model)}, got {x.shape}; D is config.d_model."
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"attention.apply: {name} must be floating point, got {x.dtype}; embed tokens first.")
-
-
-def _check_params(params: Params, config: Config) -> None:
-    d, n, k, h, hv = config.d_model, config.num_heads, config.kv_heads, config.width, config.value_width
-    expected = {
-        "w_q": ("[N, D, H]", (n, d, h)), "w_k": ("[K, D, H]", (k, d, h)),
-        "w_v": ("[K, D, Hv]", (k, d, hv)), "w_o": ("[N, Hv, D]", (n, hv, d)),
-    }  # fmt: skip
-    for name, (axes, shape) in expected.items():
-        got = getattr(params, name).shape
-        if got != shape:
-            raise ValueError(
-                f"attention.apply: params.{name} must be {axes} = {shape}, got {got}; "
-                "params and config do not belong together."
-            )
-
-
-def _check_options(config, x, gates, dropout_rate, dropout_key, capture) -> None:
-    if gates is not None and (gates.shape[-1:] != (config.num_heads,) or gates.shape[:-1] not in ((), x.shape[:-2])):
-        raise ValueError(
-            f"attention.apply: gates must be [N] = ({config.num_heads},) or [..., N] = "
-            f"{(*x.shape[:-2], config.num_heads)}, got {gates.shape}."
-        )
-    dropout.check_rate("attention.apply", "dropout_rate", dropout_rate)
-    if dropout_rate and dropout_key is None:
-        raise ValueError(
-            f"attention.apply: dropout_rate={dropout_rate} needs dropout_key, a PRNG key; "
-            "for evaluation leave dropout_rate out."
-        )
-    unknown = [name for name in capture if name not in CAPTURES]
-    if unknown:
-        raise ValueError(f"attention.apply_captured: capture must name any of {', '.join(CAPTURES)}; got {unknown}.")

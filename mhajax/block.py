@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 from jax import Array
@@ -40,6 +40,8 @@ class Config(attention.Config, mlp.Config):
     def __post_init__(self):
         attention.Config.__post_init__(self)
         mlp.Config.__post_init__(self)
+        if self.norm not in get_args(norm.Kind):
+            raise ValueError(f"norm must be one of {', '.join(get_args(norm.Kind))}, got {self.norm!r}.")
         check_rate("block.Config", "dropout", self.dropout)
         check_rate("block.Config", "attention_dropout", self.attention_dropout)
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from mhajax import positions as places
+from mhajax import precision
 
 Positions = Literal["rotary", "sinusoidal", "none"]
+
+
+def check_kind(kind: str) -> None:
+    """Raise a ValueError unless this is a kind of positions."""
+    if kind not in get_args(Positions):
+        raise ValueError(f"positions must be one of {', '.join(get_args(Positions))}, got {kind!r}.")
 
 
 def init_params(key: Array, vocab_size: int, width: int) -> Array:
@@ -29,7 +36,7 @@ def embed(table: Array, tokens: Array, positions: Array, kind: Positions) -> Arr
 
 def logits(table: Array, features: Array) -> Array:
     """Similarity of features [..., D] to every row of the table: float32 [..., V]."""
-    return jnp.einsum("...d,vd->...v", features, table.astype(features.dtype), preferred_element_type=jnp.float32)
+    return precision.einsum("...d,vd->...v", features, table.astype(features.dtype))
 
 
 def rotation(kind: Positions):

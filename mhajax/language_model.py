@@ -28,6 +28,10 @@ class Config(transformer.Config):
     vocab_size: int | None = None
     positions: embedding.Positions = "rotary"
 
+    def __post_init__(self):
+        transformer.Config.__post_init__(self)
+        embedding.check_kind(self.positions)
+
 
 class Params(NamedTuple):
     """The table of embeddings, which also gives the logits, and the layers."""
@@ -80,9 +84,9 @@ def features(params: Params, tokens: Array, config: Config, **options: Any) -> A
     return run(params, tokens, config, **options)[0]
 
 
-def init_cache(leading: tuple[int, ...], capacity: int, config: Config) -> Cache:
-    """Room for `capacity` tokens in every layer."""
-    return transformer.init_cache(leading, capacity, config)
+def init_cache(leading: tuple[int, ...], capacity: int, config: Config, dtype=jnp.float32) -> Cache:
+    """Room for `capacity` tokens in every layer; dtype is best that of the parameters."""
+    return transformer.init_cache(leading, capacity, config, dtype)
 
 
 def extend(params: Params, tokens: Array, cache: Cache, config: Config, **options: Any) -> tuple[Array, Cache]:

@@ -72,6 +72,14 @@ def linear_cross_entropy(
         raise ValueError(f"losses.linear_cross_entropy: label_smoothing must be in [0, 1), got {label_smoothing}.")
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
     count = targets.size
+    if count == 0 or chunk < 1:
+        raise ValueError(
+            f"losses.linear_cross_entropy: there must be a token and chunk at least 1, got targets {targets.shape}, "
+            f"chunk={chunk}."
+        )
+    # What weighs nothing may be anything, even NaN or a label outside the vocabulary.
+    counts = weights != 0
+    features, targets = jnp.where(counts[..., None], features, 0), jnp.where(counts, targets, 0)
     chunk = min(chunk, count)
     padding = -count % chunk
 

@@ -53,6 +53,10 @@ class Mask:
         """Which of these queries may attend to which of these keys: bool [t, s] or [..., 1 or N, t, s]."""
         raise NotImplementedError
 
+    def sizes(self) -> tuple[int | None, int | None]:
+        """For how many queries and keys it is written out; None: for any number."""
+        return None, None
+
     def __and__(self, other: Mask) -> Mask:
         return And(self, _operand(other, "&"))
 
@@ -87,6 +91,9 @@ class And(Mask):
     def block(self, queries: Tokens, keys: Tokens) -> Array:
         return self.first.block(queries, keys) & self.second.block(queries, keys)
 
+    def sizes(self) -> tuple[int | None, int | None]:
+        return _agreed(self.first.sizes(), self.second.sizes())
+
 
 @_mask
 class Or(Mask):
@@ -98,6 +105,9 @@ class Or(Mask):
     def block(self, queries: Tokens, keys: Tokens) -> Array:
         return self.first.block(queries, keys) | self.second.block(queries, keys)
 
+    def sizes(self) -> tuple[int | None, int | None]:
+        return _agreed(self.first.sizes(), self.second.sizes())
+
 
 @_mask
 class Not(Mask):
@@ -107,6 +117,9 @@ class Not(Mask):
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
         return ~self.mask.block(queries, keys)
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        return self.mask.sizes()
 
 
 @_mask
@@ -142,6 +155,9 @@ class Segments(Mask):
         answering = _cut(jnp.asarray(self.keys), -1, keys)
         return _down(asking) == _across(answering)
 
+    def sizes(self) -> tuple[int | None, int | None]:
+        return jnp.shape(self.queries)[-1], jnp.shape(self.keys)[-1]
+
 
 @_mask
 class Dense(Mask):
@@ -151,6 +167,10 @@ class Dense(Mask):
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
         return _cut(_cut(jnp.asarray(self.array), -2, queries), -1, keys)
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        queries, keys = jnp.shape(self.array)[-2:]
+        return None if queries == 1 else queries, None if keys == 1 else keys
 
 
 def causal() -> Mask:
@@ -232,6 +252,15 @@ def as_mask(mask: Mask | ArrayLike | None) -> Mask | None:
     if mask is None or isinstance(mask, Mask):
         return mask
     return dense(mask)
+
+
+def _agreed(first: tuple, second: tuple) -> tuple[int | None, int | None]:
+    """Sizes that fit both; two that differ are an error."""
+    for axis, a, b in zip("TS", first, second, strict=True):
+        if a is not None and b is not None and a != b:
+            raise ValueError(f"masks: two masks that are combined must be for the same tokens, got {axis}={a} and {b}.")
+    queries, keys = (b if a is None else a for a, b in zip(first, second, strict=True))
+    return queries, keys
 
 
 def _boolean(array: ArrayLike, who: str) -> Array:

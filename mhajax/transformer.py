@@ -51,9 +51,9 @@ def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
     return Params(layers, norm.init_params(config.d_model, config.norm))
 
 
-def init_cache(leading: tuple[int, ...], capacity: int, config: Config) -> Cache:
+def init_cache(leading: tuple[int, ...], capacity: int, config: Config, dtype=jnp.float32) -> Cache:
     """Empty caches of all layers, every leaf [L, ...]."""
-    one = caches.init(leading, capacity, config)
+    one = caches.init(leading, capacity, config, dtype)
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (config.num_layers, *a.shape)), one)
 
 

@@ -44,6 +44,7 @@ class Config(block.Config):
         for name in ("encoder_layers", "decoder_layers", "unroll"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        embedding.check_kind(self.positions)
 
     def stack(self, num_layers: int) -> transformer.Config:
         """One of the two stacks."""
@@ -147,7 +148,7 @@ def begin(
     """Read the source [..., S] and make room for a translation of `capacity` tokens."""
     memory, _ = _encode(params, source, config, source_lengths=source_lengths, gates=gates)
     return State(
-        transformer.init_cache(source.shape[:-1], capacity, config.decoder),
+        transformer.init_cache(source.shape[:-1], capacity, config.decoder, memory.dtype),
         transformer.keys_values(params.decoder, memory, config, masked=source_lengths is not None),
         source_lengths,
     )

@@ -1,5 +1,9 @@
 """What several test files share."""
 
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # several test processes cannot share one accelerator
+
 import jax
 import pytest
 

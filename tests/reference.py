@@ -5,12 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import pytest
-
-# Old JAX on a CPU refuses some products of bfloat16 that are summed in float32.
-bfloat16_dots_fail = pytest.mark.xfail(
-    jax.__version_info__ < (0, 8) and jax.default_backend() == "cpu", reason="BF16 x BF16 = F32", strict=True
-)
 
 
 def numbers(seed: int, *shape: int, dtype: Any = np.float32) -> Any:

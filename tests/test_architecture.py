@@ -13,8 +13,8 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 
 # A module of the library imports only from rows above its own, or from its own folder.
 LAYERS = [
-    {"masks", "positions", "dropout", "norm", "mlp", "losses", "tree", "version"},
-    {"kernels", "embedding"},
+    {"masks", "precision", "positions", "dropout", "norm", "mlp", "losses", "tree", "version"},
+    {"kernels", "embedding", "checks"},
     {"attention"},
     {"cache"},
     {"block", "interventions"},

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax import dropout
+from mhajax import dropout, precision
 from mhajax.masks import Mask, Tokens
 
 CAPTURES = ("logits", "weights")
@@ -118,7 +118,7 @@ def attend_head(
         v, spoilt_values = _heal(v)
         spoilt = allowed & (spoilt_queries[:, None] | spoilt_keys | spoilt_values)  # [T, S]
         spoilt_rows = jnp.any(spoilt, axis=-1, keepdims=True)
-    logits = jnp.einsum("th,sh->ts", q, k, preferred_element_type=float_dtype) * scale
+    logits = precision.einsum("th,sh->ts", q, k) * scale
     if bias is not None:
         logits = logits + bias
     if allowed is not None:
@@ -131,7 +131,7 @@ def attend_head(
     if allowed is not None:
         total = jnp.where(total == 0, 1, total)
     kept_weights = weights if kept is None else jnp.where(kept, weights * (1 / (1 - dropout_rate)), 0)
-    out = jnp.einsum("ts,sh->th", kept_weights.astype(v.dtype), v, preferred_element_type=float_dtype) / total
+    out = precision.einsum("ts,sh->th", kept_weights.astype(v.dtype), v) / total
     if spoilt_rows is not None:
         out = out + jnp.where(spoilt_rows, jnp.nan, 0).astype(float_dtype)
     captured = {"logits": lambda: _mark(logits, spoilt), "weights": lambda: _mark(weights / total, spoilt_rows)}

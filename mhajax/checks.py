@@ -1,0 +1,122 @@
+"""What attention is given, looked at before anything is computed: who, what, expected, got, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from mhajax import dropout
+from mhajax.masks import Mask
+
+
+def stream(name: str, x: Array, config: Any) -> None:
+    """x [..., T, D] or memory [..., S, D], floating point."""
+    length = "T" if name == "x" else "S"
+    if x.ndim < 2 or x.shape[-1] != config.d_model:
+        raise ValueError(
+            f"attention.apply: {name} must be [..., {length}, D={config.d_model}], got {x.shape}; D is config.d_model."
+        )
+    if x.shape[-2] == 0:
+        raise ValueError(f"attention.apply: {name} must hold at least one token, got {length}=0 in {x.shape}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"attention.apply: {name} must be floating point, got {x.dtype}; embed tokens first.")
+
+
+def same_leading(x: Array, memory: Array) -> None:
+    """x and memory have the same axes before their tokens."""
+    if memory.shape[:-2] != x.shape[:-2]:
+        raise ValueError(
+            f"attention.apply: memory must have the leading axes of x, {x.shape[:-2]}, got {memory.shape[:-2]} "
+            f"(x {x.shape}, memory {memory.shape}); jnp.broadcast_to a shared memory."
+        )
+
+
+def parameters(params: Any, config: Any) -> None:
+    """Every array has the shape that the config says, and is there if the config says so."""
+    d, n, k, h, hv = config.d_model, config.num_heads, config.kv_heads, config.width, config.value_width
+    expected = {
+        "w_q": ("[N, D, H]", (n, d, h)), "w_k": ("[K, D, H]", (k, d, h)),
+        "w_v": ("[K, D, Hv]", (k, d, hv)), "w_o": ("[N, Hv, D]", (n, hv, d)),
+        "b_q": ("[N, H]", (n, h)), "b_k": ("[K, H]", (k, h)), "b_v": ("[K, Hv]", (k, hv)), "b_o": ("[D]", (d,)),
+    }  # fmt: skip
+    for name, (axes, shape) in expected.items():
+        value = getattr(params, name)
+        if name.startswith("b_") and not config.use_bias:
+            axes, shape = "None (config.use_bias is False)", None
+        got = None if value is None else value.shape
+        if got != shape:
+            raise ValueError(
+                f"attention.apply: params.{name} must be {axes}{'' if shape is None else f' = {shape}'}, got {got}; "
+                "params and config do not belong together."
+            )
+
+
+def positions(name: str, given: Array | None, x: Array) -> None:
+    """Positions are integers [T], or [..., T] with the leading axes of x."""
+    if given is None:
+        return
+    if given.shape not in (x.shape[-2:-1], x.shape[:-1]):
+        raise ValueError(
+            f"attention.apply: {name} must be {x.shape[-2:-1]} or {x.shape[:-1]}, one for every token, "
+            f"got {given.shape}."
+        )
+
+
+def mask_sizes(mask: Mask | None, num_queries: int | None, num_keys: int) -> None:
+    """A mask that was written out is for as many tokens as there are; None: fewer queries are asked about (a cache)."""
+    if mask is None:
+        return
+    for axis, have, want in zip(("T", "S"), mask.sizes(), (num_queries, num_keys), strict=True):
+        if want is not None and have not in (None, want):
+            raise ValueError(
+                f"attention.apply: mask must be for {axis}={want} {'queries' if axis == 'T' else 'keys'}, got one "
+                f"written out for {have}; cut the array to the tokens that are there."
+            )
+
+
+def bias(given: Array | None, x: Array) -> None:
+    """Numbers that are added to the logits, [T, S] or [..., N, T, S] in full, never guessed."""
+    if given is None:
+        return
+    if not jnp.issubdtype(given.dtype, jnp.floating):
+        raise TypeError(f"attention.apply: bias must be floating point, got {given.dtype}; booleans are a mask=.")
+    if given.ndim not in (2, x.ndim + 1):
+        raise ValueError(
+            f"attention.apply: bias must be [T, S] or have {x.ndim + 1} axes, [..., N, T, S] with 1 where it is "
+            f"shared, got {given.shape}; write bias[None] for one per head, bias[:, None] for one per example."
+        )
+
+
+def gates(given: Array | None, x: Array, config: Any) -> None:
+    """A factor for every head: [N], or [..., N] with the leading axes of x."""
+    if given is None:
+        return
+    if given.shape[-1:] != (config.num_heads,) or given.shape[:-1] not in ((), x.shape[:-2]):
+        raise ValueError(
+            f"attention.apply: gates must be [N] = ({config.num_heads},) or [..., N] = "
+            f"{(*x.shape[:-2], config.num_heads)}, got {given.shape}."
+        )
+
+
+def dropped(rate: float, key: Array | None) -> None:
+    """A rate below 1, and a key if anything is dropped."""
+    dropout.check_rate("attention.apply", "dropout_rate", rate)
+    if rate and key is None:
+        raise ValueError(
+            f"attention.apply: dropout_rate={rate} needs dropout_key, a PRNG key; "
+            "for evaluation leave dropout_rate out."
+        )
+
+
+def captures(names: Sequence[str], known: Sequence[str]) -> None:
+    """Names of things that can be captured."""
+    if isinstance(names, str):
+        raise TypeError(
+            f"attention.apply_captured: capture must be a tuple of names, got {names!r}; write ({names!r},)."
+        )
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"attention.apply_captured: capture must name any of {', '.join(known)}; got {unknown}.")
