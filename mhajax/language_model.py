@@ -79,8 +79,18 @@ def apply_captured(
     return embedding.logits(params.embedding, x), seen
 
 
-def features(params: Params, tokens: Array, config: Config, **options: Any) -> Array:
+def features(
+    params: Params,
+    tokens: Array,
+    config: Config,
+    *,
+    mask: masks.Mask | None = None,
+    positions: Array | None = None,
+    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+    dropout_key: Array | None = None,
+) -> Array:
     """What the logits are computed from, [..., T, D]: for losses that never hold [..., T, V]. Options as in `apply`."""
+    options = {"mask": mask, "positions": positions, "gates": gates, "dropout_key": dropout_key}
     return run(params, tokens, config, **options)[0]
 
 

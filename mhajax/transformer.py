@@ -105,6 +105,12 @@ def run(
     """
     if cache is not None:
         caches.check_room(cache, x.shape[-2])
+    stacked = {leaf.shape[0] for leaf in jax.tree.leaves((params.layers, gates, cache))}
+    if stacked != {config.num_layers}:
+        raise ValueError(
+            f"transformer.run: params, gates and cache must be stacked for num_layers={config.num_layers}, "
+            f"got {sorted(stacked)} layers; params and config do not belong together."
+        )
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
     projected = memory if isinstance(memory, KeysValues) else None
 

@@ -136,8 +136,18 @@ def apply_captured(
     return embedding.logits(params.embedding, x), seen
 
 
-def features(params: Params, source: Array, target: Array, config: Config, **options: Any) -> Array:
+def features(
+    params: Params,
+    source: Array,
+    target: Array,
+    config: Config,
+    *,
+    source_lengths: Array | None = None,
+    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+    dropout_key: Array | None = None,
+) -> Array:
     """What the logits are computed from, [..., T, D]: for losses that never hold [..., T, V]. Options as in `apply`."""
+    options = {"source_lengths": source_lengths, "gates": gates, "dropout_key": dropout_key}
     return _run(params, source, target, config, **options)[0]
 
 
