@@ -18,7 +18,7 @@ from rich.table import Table
 
 from experiments import heads_table
 from experiments.config import Translation
-from experiments.data import batches, corpora, vocabulary
+from experiments.data import batches, corpora, grammar, vocabulary
 from experiments.data.vocabulary import BOS, EOS, Vocabulary
 from experiments.task import Task
 from mhajax import decoding, linen, losses, transformer, translator
@@ -295,7 +295,7 @@ def _show_heads(
     rows, baseline = heads_table.measure(capture, pairs, gold, config.batches.boundaries)
     heads_table.show(console, rows, baseline)
 
-    chosen = min(range(len(pairs)), key=lambda i: (abs(len(pairs[i][0]) - 10), i))  # a sentence that fits a page
+    chosen = _worth_showing(pairs, gold)
     batch = next(iter(batches.evaluation_pairs([pairs[chosen]], batch_size=1, boundaries=config.batches.boundaries)))
     source_length, target_length = int(batch.source_lengths[0]), int(batch.target_lengths[0])
     weights = np.asarray(capture(batch).cross["weights"])[:, 0, :, :target_length, :source_length]
@@ -306,3 +306,15 @@ def _show_heads(
     )  # fmt: skip
     figures.save(drawing, folder / "figures" / "cross_attention")
     return heads_table.as_json(rows, baseline)
+
+
+def _worth_showing(pairs: Sequence[tuple[list[int], list[int]]], gold: Sequence[grammar.Pair] | None) -> int:
+    """The number of a sentence that fits a page, and in which the languages order their words differently."""
+    fits = [i for i, (source, _) in enumerate(pairs) if 8 <= len(source) <= 12]
+    if gold is None or not fits:
+        return min(range(len(pairs)), key=lambda i: abs(len(pairs[i][0]) - 10))
+
+    def crossings(links: Sequence[tuple[int, int]]) -> int:
+        return sum(b < a for i, (_, a) in enumerate(links) for _, b in links[i:])
+
+    return max(fits, key=lambda i: crossings(gold[i].alignment))
