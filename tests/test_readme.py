@@ -1,0 +1,26 @@
+"""What the README shows works as it stands there."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs_and_is_what_it_says():
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    names: dict = {}
+    exec(example, names)
+    assert names["y"].shape == (2, 10, 64) and names["without"].shape == (8, 2, 10, 64)
+    assert names["seeds"].w_q.shape == (5, 8, 64, 8)
+    assert names["grads"].w_o.shape == (8, 8, 64)
+    assert np.isfinite(names["seen"]["weights"]).all()
+
+
+def test_every_config_is_in_the_table_and_every_linked_file_is_there():
+    root = Path(__file__).parent.parent
+    for config in (root / "configs").glob("*.toml"):
+        assert f"`{config.name}`" in README
+    for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (root / target).exists(), target
