@@ -17,6 +17,7 @@ import pytest
 
 from experiments.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 REPOSITORY = Path(__file__).parent.parent
 TINY = """
 kind = "translation"
@@ -85,7 +86,7 @@ def call(*arguments, stdin=""):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, quick_compiles):
     """A finished tiny translation: its result, its folder, its config."""
     folder = tmp_path_factory.mktemp("translation")
     config = folder / "tiny.toml"
@@ -200,7 +201,7 @@ def test_several_seeds_are_one_run_with_a_spread(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def text_run(tmp_path_factory):
+def text_run(tmp_path_factory, quick_compiles):
     folder = tmp_path_factory.mktemp("text")
     (folder / "text.txt").write_text("a rose is a rose is a rose.\n" * 40)
     (folder / "tiny.toml").write_text(TINY_TEXT.format(path=folder / "text.txt"))
@@ -260,7 +261,7 @@ def _bytes_of(run):
 
 
 def _start(config, runs):
-    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY))
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_DISABLE_MOST_OPTIMIZATIONS="true")
     return subprocess.Popen(
         [sys.executable, "-m", "experiments", str(config), "--runs", str(runs)],
         cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
