@@ -88,6 +88,7 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
     """
     times = Times(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    _same_vocabulary(folder, config)
     task = prepare(config, folder)
     _same_data(folder, task)
     state, checkpoints = _latest(config.training, task, folder)
@@ -271,6 +272,17 @@ def _forget_after(path: Path, step: int) -> None:
     """Remove the lines of batches that the resumed run will see again."""
     kept = [json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step]
     write(path, "".join(kept))
+
+
+def _same_vocabulary(folder: Path, config: configs.Experiment) -> None:
+    """Refuse to go on with a vocabulary other than the run's own, which its parameters belong to."""
+    if (folder / CONFIG).is_file():
+        own = configs.read(folder / CONFIG).vocabulary
+        if own != config.vocabulary:
+            raise ConfigError(
+                f"[vocabulary] of a run cannot change: {folder} was made with kind={own.kind!r}, size={own.size}, got "
+                f"kind={config.vocabulary.kind!r}, size={config.vocabulary.size}; start a new run from the config file."
+            )
 
 
 def _same_data(folder: Path, task: Task) -> None:

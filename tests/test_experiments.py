@@ -188,6 +188,28 @@ def test_data_that_changed_are_noticed(finished, tmp_path):
     assert status == 2 and "began with other data" in err and "train" in err
 
 
+def test_the_vocabulary_of_a_run_stays(finished, tmp_path):
+    _, run, _ = finished
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = (copy / "config.toml").read_bytes()
+    status, _, err = call(copy, "vocabulary.size=300", "training.steps=14")
+    assert status == 2 and "[vocabulary]" in err and "size=300" in err
+    assert (copy / "config.toml").read_bytes() == before
+
+
+def test_files_of_the_same_name_are_told_apart(tmp_path):
+    from experiments.data import corpora
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for side in ("x", "y"):
+            (tmp_path / folder / side).write_text(f"{folder} {side}\n" * 9)
+    names = {f"{part}_{side}": str(tmp_path / folder / file) for part, folder in (("train", "a"), ("test", "b"))
+             for side, file in (("source", "x"), ("target", "y"))}  # fmt: skip
+    hashes = corpora.parallel(corpora.ParallelFiles(**names, hold_out=2)).hashes
+    assert len(hashes) == len(set(hashes.values())) == 4
+
+
 def test_several_seeds_are_one_run_with_a_spread(tmp_path):
     config = tmp_path / "tiny.toml"
     config.write_text(TINY)

@@ -162,7 +162,7 @@ def _(data: Multi30k) -> ParallelCorpus:
     folder = fetch.locate("multi30k", data.root)
     read = _Reader()
     parts = {
-        name: read.pairs(folder / f"{name}.{data.source}.gz", folder / f"{name}.{data.target}.gz")
+        name: read.pairs(name, folder / f"{name}.{data.source}.gz", folder / f"{name}.{data.target}.gz")
         for name in ("train", "val", "test_2016_flickr", "test_2017_flickr")
     }
     train, validation = parts.pop("train"), parts.pop("val")
@@ -172,12 +172,12 @@ def _(data: Multi30k) -> ParallelCorpus:
 @parallel.register
 def _(data: ParallelFiles) -> ParallelCorpus:
     read = _Reader()
-    train = read.pairs(Path(data.train_source), Path(data.train_target))
+    train = read.pairs("train", Path(data.train_source), Path(data.train_target))
     held_out = {}
     for name in ("test", "validation"):
         source, target = getattr(data, f"{name}_source"), getattr(data, f"{name}_target")
         if source is not None and target is not None:
-            held_out[name] = read.pairs(Path(source), Path(target))
+            held_out[name] = read.pairs(name, Path(source), Path(target))
         else:
             train, held_out[name] = train[: -data.hold_out], train[-data.hold_out :]
     if not train:
@@ -216,9 +216,9 @@ class _Reader:
     def __init__(self):
         self.hashes: dict[str, str] = {}
 
-    def pairs(self, source: Path, target: Path) -> Sentences:
-        for path in (source, target):
-            self.hashes[path.name] = files.sha256(path) if path.is_file() else ""
+    def pairs(self, part: str, source: Path, target: Path) -> Sentences:
+        for side, path in (("source", source), ("target", target)):
+            self.hashes[f"{part} {side}: {path.name}"] = files.sha256(path) if path.is_file() else ""
         return files.read_parallel(source, target)
 
 
