@@ -1,0 +1,60 @@
+"""Who may look at whom.
+
+A mask says, for a block of queries and a block of keys, which query may attend to which key. It is evaluated only where
+it is needed, so `causal()` or `lengths(n)` never hold T × S booleans, and masks combine with `&`, `|` and `~`:
+
+    mask = masks.causal() & masks.lengths(lengths)
+
+    causal()                  keys at the query's position and before
+    window(before, after=0)   keys so near
+    prefix(length)            the first keys, for all queries; causal() | prefix(n) reads a prompt in both directions
+    chunk(size)               keys of the query's own chunk
+    segments(queries, keys)   keys of the query's own text, several packed into one row
+    lengths(lengths)          keys that are not padding
+    function(mask_fn, …)      what a function of one query position and one key position says
+    dense, per_example, per_head   pairs written out
+
+Masks are pytrees: they go through `jit`, `vmap` and `scan`, and new values in them do not retrace.
+
+Shapes that a mask may produce: `[t, s]`, or `[..., N, t, s]` with the leading axes of the input and 1 where all
+examples or all heads share a mask. A three-axis array is never guessed to be per example or per head: `per_example` and
+`per_head` say which. True always means *may attend*.
+
+What a kernel may leave out, `Mask.tiles` says: bounds for every tile of a grid, known while a program is traced where
+the numbers in the mask are.
+"""
+
+from mhajax.masks.algebra import And, Mask, Not, Or, Tiles, Tokens, known_tiles, pytree, tokens
+from mhajax.masks.by_index import Dense, Lengths, Segments, as_mask, dense, lengths, per_example, per_head, segments
+from mhajax.masks.by_position import Causal, Chunk, Function, Prefix, Window, causal, chunk, function, prefix, window
+
+__all__ = [
+    "And",
+    "Causal",
+    "Chunk",
+    "Dense",
+    "Function",
+    "Lengths",
+    "Mask",
+    "Not",
+    "Or",
+    "Prefix",
+    "Segments",
+    "Tiles",
+    "Tokens",
+    "Window",
+    "as_mask",
+    "causal",
+    "chunk",
+    "dense",
+    "function",
+    "known_tiles",
+    "lengths",
+    "per_example",
+    "per_head",
+    "prefix",
+    "pytree",
+    "segments",
+    "tokens",
+    "window",
+]

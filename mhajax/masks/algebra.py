@@ -1,0 +1,237 @@
+"""What a mask is: a question about a block of tokens, bounds for the tiles of a kernel, and `&`, `|`, `~`."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from mhajax.masks import static
+
+
+class Tokens(NamedTuple):
+    """A run of neighbouring tokens, as a mask sees it.
+
+    Attributes:
+      start: index of the first one in the arrays (where a mask looks up lengths, segments and dense entries).
+      position: [t] or [..., t], their positions in the text (what causal compares). A cache makes the two differ.
+    """
+
+    start: ArrayLike
+    position: Array | np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, t."""
+        return self.position.shape[-1]
+
+    @property
+    def index(self) -> Array:
+        """Indices in the arrays, [t]."""
+        return jnp.asarray(self.start) + jnp.arange(self.size)
+
+    @property
+    def origin(self) -> int | None:
+        """Position of the first token where positions are known, shared by all examples and go up by one; else None.
+
+        A kernel that only knows "index ≤ index" is right if the origins of queries and keys are the same number.
+        """
+        if self.position.ndim != 1 or not self.size or not static.known(self.position):
+            return None
+        positions = np.asarray(self.position)
+        return int(positions[0]) if np.all(np.diff(positions) == 1) else None
+
+
+def tokens(size: int, position: Array | np.ndarray | None = None) -> Tokens:
+    """All `size` tokens of a sequence, at positions 0, 1, 2, … unless others are given.
+
+    The positions that are not given are known while a program is traced, so that kernels can leave out tiles.
+    """
+    return Tokens(0, np.arange(size, dtype=np.int32) if position is None else position)
+
+
+class Tiles(NamedTuple):
+    """What is certain about the tiles of a grid: [t_tiles, s_tiles], or [..., 1 or N, t_tiles, s_tiles].
+
+    Attributes:
+      some: bool; False is certain: no pair of the tile is allowed. True may be said without need.
+      every: bool; True is certain: every pair of the tile is allowed. False may be said without need.
+    """
+
+    some: Array | np.ndarray
+    every: Array | np.ndarray
+
+
+class Mask:
+    """Base of all masks; `block` is the one thing that a new mask defines."""
+
+    def block(self, queries: Tokens, keys: Tokens) -> Array:
+        """Which of these queries may attend to which of these keys: bool [t, s] or [..., 1 or N, t, s]."""
+        raise NotImplementedError
+
+    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+        """Bounds for tiles of `rows` queries by `columns` keys, in O(t + s + tiles): what a kernel may leave out.
+
+        The grid has ceil(t / rows) × ceil(s / columns) tiles; the last ones may be partial, and only tokens that exist
+        count. A mask that does not define this is taken to be unknown: some, but not every pair.
+
+        Returns:
+          NumPy arrays where the mask's own arrays and the tokens that it compares are known, also while `jit` traces;
+          JAX arrays otherwise. `known_tiles` gives NumPy arrays always.
+        """
+        return unknown(queries, keys, rows, columns)
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        """For how many queries and keys it is written out; None: for any number."""
+        return None, None
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, _operand(other, "&"))
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, _operand(other, "|"))
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
+def pytree(cls):
+    """Makes a mask a frozen dataclass whose fields are leaves of a pytree; the decorator of a new mask."""
+    return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False, repr=False)(cls))
+
+
+def _operand(other: object, operator: str) -> Mask:
+    if isinstance(other, Mask):
+        return other
+    raise TypeError(
+        f"masks: {operator} combines two masks, got {type(other).__name__}; "
+        "wrap an array: masks.dense(array), masks.per_example(array) or masks.per_head(array)."
+    )
+
+
+class Combination(Mask):
+    """A mask made of masks: what it says, and its bounds, follow from what they say and from theirs."""
+
+    def parts(self) -> tuple[Mask, ...]:
+        """The masks that it is made of."""
+        raise NotImplementedError
+
+    def joined(self, *blocks: Array) -> Array:
+        """What it says, from what its parts say."""
+        raise NotImplementedError
+
+    def bounds(self, *tiles: Tiles) -> Tiles:
+        """Its bounds, from those of its parts."""
+        raise NotImplementedError
+
+    def block(self, queries: Tokens, keys: Tokens) -> Array:
+        return self.joined(*(part.block(queries, keys) for part in self.parts()))
+
+    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+        return self.bounds(*(part.tiles(queries, keys, rows, columns) for part in self.parts()))
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        return functools.reduce(_agreed, (part.sizes() for part in self.parts()))
+
+
+@pytree
+class And(Combination):
+    """Both masks allow it."""
+
+    first: Mask
+    second: Mask
+
+    def parts(self) -> tuple[Mask, ...]:
+        return self.first, self.second
+
+    def joined(self, *blocks: Array) -> Array:
+        return blocks[0] & blocks[1]
+
+    def bounds(self, *tiles: Tiles) -> Tiles:
+        a, b = tiles
+        return Tiles(a.some & b.some, a.every & b.every)
+
+
+@pytree
+class Or(Combination):
+    """At least one of the masks allows it."""
+
+    first: Mask
+    second: Mask
+
+    def parts(self) -> tuple[Mask, ...]:
+        return self.first, self.second
+
+    def joined(self, *blocks: Array) -> Array:
+        return blocks[0] | blocks[1]
+
+    def bounds(self, *tiles: Tiles) -> Tiles:
+        a, b = tiles
+        return Tiles(a.some | b.some, a.every | b.every)
+
+
+@pytree
+class Not(Combination):
+    """The mask does not allow it."""
+
+    mask: Mask
+
+    def parts(self) -> tuple[Mask, ...]:
+        return (self.mask,)
+
+    def joined(self, *blocks: Array) -> Array:
+        return ~blocks[0]
+
+    def bounds(self, *tiles: Tiles) -> Tiles:
+        return Tiles(~tiles[0].every, ~tiles[0].some)
+
+
+def unknown(queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+    """The bounds of a mask about which nothing is known: some pairs of every tile, and not all."""
+    shape = static.grid(queries.size, keys.size, rows, columns)
+    return Tiles(np.ones(shape, bool), np.zeros(shape, bool))
+
+
+def on_grid(some: Any, every: Any, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+    """Bounds that hold for whole rows or columns of tiles, [..., 1 or t_tiles, 1 or s_tiles], for every tile."""
+    shape = static.grid(queries.size, keys.size, rows, columns)
+    full = lambda bound: static.library(bound).broadcast_to(bound, (*bound.shape[:-2], *shape))  # noqa: E731
+    return Tiles(full(some), full(every))
+
+
+def known_tiles(mask: Mask | None, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+    """The bounds that hold whatever the values are that `jit` traces: NumPy arrays, always.
+
+    `causal() & lengths(n)` with a traced n leaves out what is above the diagonal; what n leaves out is found at run
+    time by `Mask.tiles`.
+
+    Args:
+      mask: None is everybody to everybody.
+      queries, keys, rows, columns: as in `Mask.tiles`.
+    """
+    if mask is None:
+        bounds = unknown(queries, keys, rows, columns)
+        return Tiles(bounds.some, ~bounds.every)
+    if isinstance(mask, Combination):
+        return mask.bounds(*(known_tiles(part, queries, keys, rows, columns) for part in mask.parts()))
+    if static.known(*jax.tree.leaves(mask)):
+        bounds = mask.tiles(queries, keys, rows, columns)
+        if static.known(*bounds):
+            return bounds
+    return unknown(queries, keys, rows, columns)
+
+
+def _agreed(first: tuple, second: tuple) -> tuple[int | None, int | None]:
+    """Sizes that fit both; two that differ are an error."""
+    for axis, a, b in zip("TS", first, second, strict=True):
+        if a is not None and b is not None and a != b:
+            raise ValueError(f"masks: two masks that are combined must be for the same tokens, got {axis}={a} and {b}.")
+    queries, keys = (b if a is None else a for a, b in zip(first, second, strict=True))
+    return queries, keys

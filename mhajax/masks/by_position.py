@@ -1,0 +1,230 @@
+"""Masks that compare positions, so that caches, packed texts and T ≠ S are right: causal, window, prefix, chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from mhajax.masks import static
+from mhajax.masks.algebra import Mask, Tiles, Tokens, on_grid, pytree
+from mhajax.masks.static import across, apart, down
+
+
+@pytree
+class Causal(Mask):
+    """Key position ≤ query position."""
+
+    def block(self, queries: Tokens, keys: Tokens) -> Array:
+        return across(jnp.asarray(keys.position)) <= down(jnp.asarray(queries.position))
+
+    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+        asking, answering = static.numbers(queries.position, keys.position)
+        first_query, last_query = map(down, static.extremes(asking, rows))
+        first_key, last_key = map(across, static.extremes(answering, columns))
+        return on_grid(first_key <= last_query, last_key <= first_query, queries, keys, rows, columns)
+
+
+@pytree
+class Window(Mask):
+    """Query position - before ≤ key position ≤ query position + after."""
+
+    before: ArrayLike  # []
+    after: ArrayLike  # []
+
+    def block(self, queries: Tokens, keys: Tokens) -> Array:
+        distance = down(_signed(jnp.asarray(queries.position))) - across(_signed(jnp.asarray(keys.position)))
+        return (distance <= jnp.asarray(self.before)) & (-distance <= jnp.asarray(self.after))
+
+    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+        asking, answering, before, after = static.numbers(queries.position, keys.position, self.before, self.after)
+        first_query, last_query = map(down, static.extremes(_signed(asking), rows))
+        first_key, last_key = map(across, static.extremes(_signed(answering), columns))
+        least, most = first_query - last_key, last_query - first_key  # distances in the tile
+        some = (least <= before) & (-most <= after)
+        every = (most <= before) & (-least <= after)
+        return on_grid(some, every, queries, keys, rows, columns)
+
+
+@pytree
+class Prefix(Mask):
+    """Key position < length."""
+
+    length: ArrayLike  # [] or [...]
+
+    def block(self, queries: Tokens, keys: Tokens) -> Array:
+        return across(jnp.asarray(keys.position)) < apart(jnp.asarray(self.length))
+
+    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+        answering, length = static.numbers(keys.position, self.length)
+        first, last = map(across, static.extremes(answering, columns))
+        return on_grid(first < apart(length), last < apart(length), queries, keys, rows, columns)
+
+
+@pytree
+class Chunk(Mask):
+    """Query position // size = key position // size."""
+
+    size: ArrayLike  # []
+
+    def block(self, queries: Tokens, keys: Tokens) -> Array:
+        size = jnp.asarray(self.size)
+        return down(jnp.asarray(queries.position) // size) == across(jnp.asarray(keys.position) // size)
+
+    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+        asking, answering, size = static.numbers(queries.position, keys.position, self.size)
+        return same(asking // size, answering // size, queries, keys, rows, columns)
+
+
+@pytree
+class Function(Mask):
+    """What a function of one query and one key says."""
+
+    mask_fn: Callable[..., Any] = field(metadata={"static": True})
+    arrays: tuple[Any, ...]
+
+    def block(self, queries: Tokens, keys: Tokens) -> Array:
+        pair = lambda q, k: jnp.asarray(self.mask_fn(q, k, *self.arrays))  # noqa: E731
+        return jnp.vectorize(pair)(down(jnp.asarray(queries.position)), across(jnp.asarray(keys.position)))
+
+
+def causal() -> Mask:
+    """A query attends to keys at its own position and before: key position ≤ query position.
+
+    Positions, not indices, are compared, so it is right for caches and for T ≠ S: with the default positions, query 0
+    sees key 0 only.
+    """
+    return Causal()
+
+
+def window(before: ArrayLike, after: ArrayLike = 0) -> Mask:
+    """A sliding window: keys from `before` positions before the query to `after` positions after it.
+
+    The query's own position is in the window and not counted: `window(3)` is 4 keys, itself and 3 before, which is
+    `sliding_window = 4` in the configuration of Mistral and `local_window_size = (3, 0)` in `jax.nn`.
+
+    Args:
+      before: how far back, an integer ≥ 0.
+      after: how far ahead, an integer ≥ 0.
+
+    Raises:
+      TypeError: if they are not integers.
+      ValueError: if one is known to be negative.
+
+    >>> tokens = Tokens(0, np.arange(4))
+    >>> window(1).block(tokens, tokens).astype(int)
+    Array([[1, 0, 0, 0],
+           [1, 1, 0, 0],
+           [0, 1, 1, 0],
+           [0, 0, 1, 1]], dtype=int32)
+
+    References:
+      Beltagy et al. 2020, "Longformer", section 3.1 (their w is before + after). Jiang et al. 2023, "Mistral 7B",
+      section 2 (their W is before + 1).
+    """
+    return Window(
+        _integer("window", "before", before, 0, "0 is the query's own position only"),
+        _integer("window", "after", after, 0, "0 is nothing ahead of the query"),
+    )
+
+
+def prefix(length: ArrayLike) -> Mask:
+    """Keys at positions below `length` are visible to all; `causal() | prefix(n)` reads a prompt in both directions.
+
+    Args:
+      length: tokens of the prefix, an integer or integers [...] with the leading axes of the input.
+
+    Raises:
+      TypeError: if the length is not an integer.
+
+    References:
+      Raffel et al. 2020, "Exploring the Limits of Transfer Learning", section 3.2.1 (prefix language model).
+    """
+    return Prefix(_integer("prefix", "length", length, 0, "0 is no prefix", scalar=False))
+
+
+def chunk(size: ArrayLike) -> Mask:
+    """A query attends to the keys of its own chunk of `size` positions: q // size = k // size.
+
+    Meant as `causal() & chunk(size)`, the local attention of Llama 4 (`attention_chunk_size`).
+
+    Args:
+      size: positions in a chunk, an integer ≥ 1.
+
+    Raises:
+      TypeError: if the size is not an integer.
+      ValueError: if it is known to be below 1.
+    """
+    return Chunk(_integer("chunk", "size", size, 1, "1 is the query's own position only"))
+
+
+def function(mask_fn: Callable[..., Any], *arrays: Any) -> Mask:
+    """A mask of your own, written for one query and one key.
+
+    Args:
+      mask_fn: (query position, key position, *arrays) → bool, all scalars but the arrays; it is mapped over the pairs
+        that are asked for. It is static under jit, so hand over the same function each time, not a new lambda.
+      *arrays: what it reads: pytrees of arrays, whole for every pair. New values do not retrace.
+
+    Raises:
+      TypeError: if mask_fn cannot be called, or does not return one boolean.
+
+    >>> tokens = Tokens(0, np.arange(4))
+    >>> dilated = function(lambda q, k, step: (q - k) % step == 0, 2)
+    >>> dilated.block(tokens, tokens).astype(int)
+    Array([[1, 0, 1, 0],
+           [0, 1, 0, 1],
+           [1, 0, 1, 0],
+           [0, 1, 0, 1]], dtype=int32)
+
+    References:
+      Dong et al. 2024, "Flex Attention" (their mask_mod, which is also given batch and head).
+    """
+    if not callable(mask_fn):
+        raise TypeError(
+            f"masks.function: mask_fn must be a function (q_position, k_position, *arrays) -> bool, "
+            f"got {type(mask_fn).__name__}; wrap an array: masks.dense(array)."
+        )
+    arrays = jax.tree.map(static.given, arrays)
+    position = jax.ShapeDtypeStruct((), jnp.int32)
+    told = jax.eval_shape(lambda q, k, arrays: mask_fn(q, k, *arrays), position, position, arrays)
+    if getattr(told, "shape", None) != () or told.dtype != bool:
+        got = f"{told.dtype} {told.shape}" if isinstance(told, jax.ShapeDtypeStruct) else type(told).__name__
+        raise TypeError(
+            "masks.function: mask_fn must return one boolean, shape (), for one query position and one key position, "
+            f"got {got}; return a comparison such as k <= q, combined with & and |."
+        )
+    return Function(mask_fn, arrays)
+
+
+def same(asking: Any, answering: Any, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+    """Bounds where a pair is allowed if a number of the query, [..., t], equals one of the key, [..., s]."""
+    least_query, most_query = map(down, static.extremes(asking, rows))
+    least_key, most_key = map(across, static.extremes(answering, columns))
+    some = (least_query <= most_key) & (least_key <= most_query)
+    every = (least_query == most_key) & (least_key == most_query)
+    return on_grid(some, every, queries, keys, rows, columns)
+
+
+def _signed(positions: Any) -> Any:
+    """Positions that can be subtracted: unsigned ones would wrap around below 0."""
+    return positions.astype(np.promote_types(positions.dtype, np.int32))
+
+
+def _integer(who: str, name: str, value: ArrayLike, least: int, hint: str, scalar: bool = True) -> ArrayLike:
+    """The value, if it is an integer (one, unless said otherwise) and, where that is known, not below `least`."""
+    value = static.given(value)
+    dtype = jnp.result_type(value)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"masks.{who}: {name} must be an integer, got {dtype}; {hint}.")
+    if scalar and jnp.ndim(value):
+        raise TypeError(f"masks.{who}: {name} must be one integer, got shape {jnp.shape(value)}; vmap for several.")
+    if static.known(value) and np.any(np.asarray(value) < least):
+        raise ValueError(f"masks.{who}: {name} must be at least {least}, got {np.asarray(value)}; {hint}.")
+    return value

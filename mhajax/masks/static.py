@@ -1,0 +1,87 @@
+"""What is known while a program is traced: arithmetic that stays in NumPy as long as its numbers are there.
+
+A kernel decides which tiles to leave out when it is traced; inside `jit` every JAX operation gives a tracer, even on
+constants. So what goes into the bounds of tiles is NumPy where it can be, and JAX where it must.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def known(*values: Any) -> bool:
+    """Whether all of these are numbers that are there now: no tracers, and nothing on other machines."""
+    return all(
+        not isinstance(value, Tracer) and (not isinstance(value, jax.Array) or value.is_fully_addressable)
+        for value in values
+    )
+
+
+def numbers(*values: Any) -> list[Any]:
+    """All of them as NumPy arrays if all are known, else all as JAX arrays."""
+    return [(np if known(*values) else jnp).asarray(value) for value in values]
+
+
+def library(array: Any) -> ModuleType:
+    """NumPy or jax.numpy, whichever the array is of."""
+    return jnp if isinstance(array, jax.Array) else np
+
+
+def given(value: Any) -> Any:
+    """What a user gives for an array: numbers and arrays as they are, lists and the like as an array."""
+    if isinstance(value, bool | int | float | np.generic | np.ndarray | jax.Array):
+        return value
+    try:
+        return np.asarray(value)
+    except jax.errors.TracerArrayConversionError:  # a list of tracers
+        return jnp.asarray(value)
+
+
+def grid(num_queries: int, num_keys: int, rows: int, columns: int) -> tuple[int, int]:
+    """How many tiles of rows × columns cover so many queries and keys."""
+    return -(-num_queries // rows), -(-num_keys // columns)
+
+
+def extremes(values: Any, size: int) -> tuple[Any, Any]:
+    """Smallest and largest of every `size` neighbours, [..., t] → [..., ceil(t / size)]; the last may be fewer."""
+    xp = library(values)
+    missing = -values.shape[-1] % size
+    padded = xp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)], mode="edge")
+    runs = padded.reshape(*values.shape[:-1], -1, size)
+    return runs.min(-1), runs.max(-1)
+
+
+def reduced(pairs: Any, rows: int, columns: int) -> tuple[Any, Any]:
+    """Any and all over every tile, [..., t, s] → [..., t_tiles, s_tiles]; an axis of 1 stays."""
+    xp = library(pairs)
+    *leading, t, s = pairs.shape
+    rows, columns = (1 if t == 1 else rows), (1 if s == 1 else columns)
+    t_tiles, s_tiles = grid(t, s, rows, columns)
+    missing = [(0, 0)] * len(leading) + [(0, t_tiles * rows - t), (0, s_tiles * columns - s)]
+
+    def tiled(outside: bool) -> Any:
+        padded = xp.pad(pairs, missing, constant_values=outside)
+        return padded.reshape(*leading, t_tiles, rows, s_tiles, columns)
+
+    return tiled(False).any((-3, -1)), tiled(True).all((-3, -1))
+
+
+def down(values: Any) -> Any:
+    """Values of the queries, [t] or [..., t], as a column that broadcasts over heads and keys."""
+    return values[:, None] if values.ndim == 1 else values[..., None, :, None]
+
+
+def across(values: Any) -> Any:
+    """Values of the keys, [s] or [..., s], as a row that broadcasts over heads and queries."""
+    return values[None, :] if values.ndim == 1 else values[..., None, None, :]
+
+
+def apart(value: Any) -> Any:
+    """One value for all, [], or one for every example, [...], as it broadcasts over heads, queries and keys."""
+    return value[..., None, None, None] if value.ndim else value
