@@ -16,7 +16,7 @@ LAYERS = [
     {"masks", "precision", "positions", "dropout", "norm", "mlp", "losses", "tree", "version"},
     {"kernels", "embedding", "checks"},
     {"attention"},
-    {"cache"},
+    {"cache", "convert"},
     {"block", "interventions"},
     {"transformer"},
     {"language_model", "translator", "encoder"},
