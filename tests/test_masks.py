@@ -19,8 +19,14 @@ KEY_SEGMENTS = np.array([[0, 1, 1, 2, 2, 2, 3], [1, 1, 0, 0, 1, 1, 1]])
 _random = np.random.default_rng(0)
 PAIRS, EXAMPLES, HEADS, ALL = (_random.random(shape) < 0.5 for shape in ((T, S), (B, T, S), (N, T, S), (B, N, T, S)))
 
+
+def dilated(q, k, step, options):
+    return ((q - k) % step == 0) & (q - k <= options["reach"][1])
+
+
 # name: (mask, what it says about every pair, broadcast to [B, N, T, S])
-CAUSAL = np.arange(S)[None, :] <= np.arange(T)[:, None]
+GAPS = np.arange(T)[:, None] - np.arange(S)
+CAUSAL = GAPS >= 0
 TRUTH = {
     "causal": (masks.causal(), CAUSAL),
     "lengths": (masks.lengths(LENGTHS), (np.arange(S) < LENGTHS[:, None])[:, None, None, :]),
@@ -40,6 +46,12 @@ TRUTH = {
     "dense, shared keys": (masks.dense(ALL[..., :1]), ALL[..., :1]),
     "per example": (masks.per_example(EXAMPLES), EXAMPLES[:, None]),
     "per head": (masks.per_head(HEADS), HEADS),
+    "window": (masks.window(2), (GAPS <= 2) & (GAPS >= 0)),
+    "window, ahead": (masks.window(0, after=3), (GAPS <= 0) & (GAPS >= -3)),
+    "prefix": (masks.causal() | masks.prefix(3), CAUSAL | (np.arange(S) < 3)),
+    "prefix per example": (masks.prefix(LENGTHS), (np.arange(S) < LENGTHS[:, None])[:, None, None, :]),
+    "chunk": (masks.chunk(3), np.arange(T)[:, None] // 3 == np.arange(S) // 3),
+    "function": (masks.function(dilated, 2, {"reach": np.array([9, 4])}), (GAPS % 2 == 0) & (GAPS <= 4)),
     "and": (
         masks.causal() & masks.lengths(LENGTHS),
         CAUSAL & (np.arange(S) < LENGTHS[:, None])[:, None, None, :],
@@ -95,6 +107,47 @@ def test_positions_may_differ_between_examples():
     np.testing.assert_array_equal(block[:, 0], keys[:, None, :] <= queries[:, :, None])
 
 
+@pytest.mark.parametrize("leading", [(), (B,)])
+def test_new_kinds_compare_positions(leading):
+    """Positions that are no indices, in any order, far apart, and unsigned ones that would wrap around."""
+    random = np.random.default_rng(3)
+    asking, answering = random.integers(0, 20, (*leading, T)), random.integers(0, 20, (*leading, S))
+    q, k = asking[..., None, :, None], answering[..., None, None, :]
+    for dtype in (np.int32, np.uint8):
+        queries, keys = Tokens(3, asking.astype(dtype)), Tokens(2, answering.astype(dtype))
+        for mask, truth in (
+            (masks.window(4, 2), (q - k <= 4) & (k - q <= 2)),
+            (masks.window(2**31 - 1, 2**31 - 1), (q - k <= 99)),
+            (masks.prefix(6), (k < 6) & (q >= 0)),
+            (masks.chunk(5), q // 5 == k // 5),
+            (masks.function(lambda q, k: q // 5 == k // 5), q // 5 == k // 5),
+        ):
+            block = mask.block(queries, keys)
+            np.testing.assert_array_equal(np.broadcast_to(block, truth.shape), truth)
+    assert masks.function(lambda q, k: q == k).block(queries, keys).shape == ((B, 1, T, S) if leading else (T, S))
+
+
+def test_windows_of_several_models_are_a_vmap():
+    windows = jax.vmap(masks.window)(jnp.array([0, 2, 9]))
+    blocks = jax.vmap(lambda mask: mask.block(masks.tokens(T), masks.tokens(S)))(windows)
+    np.testing.assert_array_equal(blocks, [(GAPS <= n) & (GAPS >= 0) for n in (0, 2, 9)])
+
+
+@pytest.mark.parametrize("name", TRUTH)
+def test_written_out(name):
+    """Boolean [T, S], or [..., 1 or N, T, S] where examples or heads differ; back again it is the same mask."""
+    mask, truth = TRUTH[name]
+    array = masks.as_array(mask, T, masks.tokens(S))
+    assert array.shape[-2:] == (T, S) and array.dtype == bool
+    np.testing.assert_array_equal(np.broadcast_to(array, (B, N, T, S)), np.broadcast_to(truth, (B, N, T, S)))
+    assert array.ndim == max(np.ndim(truth), 2)
+
+
+def test_no_mask_written_out_is_true_everywhere():
+    array = masks.as_array(None, T, S)
+    assert array.shape == (T, S) and array.all()
+
+
 def test_masks_go_through_jit_vmap_and_scan():
     make = lambda lengths: masks.causal() & masks.lengths(lengths)  # noqa: E731
     expected = np.stack([np.broadcast_to(CAUSAL & (np.arange(S) < n), (T, S)) for n in range(4)])
@@ -120,6 +173,34 @@ def test_a_boolean_array_becomes_a_dense_mask_and_nothing_else_changes():
 
 # what is done: (kind of error, what its message must hold)
 ERRORS = {
+    "window looks back by less than nothing": (
+        partial(masks.window, -1),
+        ValueError,
+        ("masks.window", "before", "at least 0", "got -1"),
+    ),
+    "window ahead": (partial(masks.window, 2, after=-3), ValueError, ("masks.window", "after", "got -3")),
+    "half a window": (partial(masks.window, 2.5), TypeError, ("masks.window", "before", "integer", "float32")),
+    "several windows": (partial(masks.window, np.array([1, 2])), TypeError, ("one integer", "(2,)", "vmap")),
+    "no chunks": (partial(masks.chunk, 0), ValueError, ("masks.chunk", "size", "at least 1", "got 0")),
+    "prefix that is a mask": (partial(masks.prefix, True), TypeError, ("masks.prefix", "length", "bool")),
+    "negative prefix": (partial(masks.prefix, np.array([2, -2])), ValueError, ("masks.prefix", "[ 2 -2]")),
+    "function that is an array": (
+        lambda: masks.function(PAIRS),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("masks.function", "(q_position, k_position, *arrays) -> bool", "ndarray", "masks.dense"),
+    ),
+    "function of logits": (
+        partial(masks.function, lambda q, k: q - k),
+        TypeError,
+        ("masks.function", "return one boolean", "int32 ()", "k <= q"),
+    ),
+    "function of many keys": (
+        partial(masks.function, lambda q, k, ids: ids == k, np.arange(3)),
+        TypeError,
+        ("masks.function", "return one boolean", "bool (3,)"),
+    ),
+    "function that forgets to return": (partial(masks.function, lambda q, k: None), TypeError, ("NoneType",)),
+    "picture of any size": (lambda: masks.causal().show(), ValueError, ("causal()", "mask.show(T, S)")),
     "three axes": (
         partial(masks.dense, np.ones((N, T, S), bool)),
         ValueError,

@@ -20,18 +20,21 @@ Shapes that a mask may produce: `[t, s]`, or `[..., N, t, s]` with the leading a
 examples or all heads share a mask. A three-axis array is never guessed to be per example or per head: `per_example` and
 `per_head` say which. True always means *may attend*.
 
-What a kernel may leave out, `Mask.tiles` says: bounds for every tile of a grid, known while a program is traced where
-the numbers in the mask are.
+`print(mask.show(12))` draws a mask. What a kernel may leave out, `Mask.tiles` says: bounds for every tile of a grid,
+known while a program is traced where the numbers in the mask are. `conditions` takes a mask apart for kernels with
+options of their own, and `as_array` writes it out for what takes nothing else.
 """
 
-from mhajax.masks.algebra import And, Mask, Not, Or, Tiles, Tokens, known_tiles, pytree, tokens
+from mhajax.masks.algebra import And, Mask, Not, Or, Tiles, Tokens, as_array, known_tiles, pytree, tokens
 from mhajax.masks.by_index import Dense, Lengths, Segments, as_mask, dense, lengths, per_example, per_head, segments
 from mhajax.masks.by_position import Causal, Chunk, Function, Prefix, Window, causal, chunk, function, prefix, window
+from mhajax.masks.conditions import Conditions, conditions
 
 __all__ = [
     "And",
     "Causal",
     "Chunk",
+    "Conditions",
     "Dense",
     "Function",
     "Lengths",
@@ -43,9 +46,11 @@ __all__ = [
     "Tiles",
     "Tokens",
     "Window",
+    "as_array",
     "as_mask",
     "causal",
     "chunk",
+    "conditions",
     "dense",
     "function",
     "known_tiles",

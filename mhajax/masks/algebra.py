@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, dataclass_transform
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from mhajax.masks import static
+from mhajax.masks import picture, static
 
 
 class Tokens(NamedTuple):
@@ -46,6 +46,17 @@ class Tokens(NamedTuple):
             return None
         positions = np.asarray(self.position)
         return int(positions[0]) if np.all(np.diff(positions) == 1) else None
+
+    def of(self, example: Array) -> Tokens:
+        """The tokens of one example, by its number in the flattened leading axes."""
+        if self.position.ndim == 1:
+            return self
+        return self._replace(position=jnp.asarray(self.position).reshape(-1, self.size)[example])
+
+    def part(self, index: Array, size: int) -> Tokens:
+        """The `index`th run of `size` tokens, of tokens [t]."""
+        position = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.position), index * size, size)
+        return Tokens(self.start + index * size, position)
 
 
 def tokens(size: int, position: Array | np.ndarray | None = None) -> Tokens:
@@ -91,6 +102,58 @@ class Mask:
         """For how many queries and keys it is written out; None: for any number."""
         return None, None
 
+    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+        """The mask made ready for `of`: its arrays with one leading axis, and room for so many more queries and keys.
+
+        What it says of the padding may be anything. A mask that does not define this is written out pair by pair.
+        """
+        from mhajax.masks.by_index import lay_out_pairs  # which makes a Mask
+
+        pairs = self.block(queries, keys)
+        pairs = jnp.broadcast_to(pairs, (*pairs.shape[:-2], queries.size, keys.size))
+        return lay_out_pairs(pairs, (queries.start, keys.start), leading, padding)
+
+    def of(self, example: Array, head: Array) -> Mask:
+        """What a mask that is laid out says of one example and one head, numbers that may be traced.
+
+        Its `block` is [1 or t, 1 or s], perhaps with axes of 1 in front.
+        """
+        raise NotImplementedError
+
+    def show(
+        self, queries: int | Tokens | None = None, keys: int | Tokens | None = None, *, width: int | None = None
+    ) -> str:
+        """A picture in characters, to be printed: queries downwards, keys to the right; █ allowed, · not, ▒ some.
+
+        Args:
+          queries: how many, or Tokens; None: as many as the mask is written out for.
+          keys: how many, or Tokens; None: as many as the mask is written out for, else as many as queries.
+          width: characters in a line, and at most lines; more pairs than that are drawn as tiles. None: the terminal's.
+
+        Raises:
+          ValueError: if the number of queries is neither given nor known.
+
+        >>> from mhajax import masks
+        >>> print((masks.causal() & masks.window(1) | masks.prefix(2)).show(5))
+        causal() & window(before=1) | prefix(2): 5 queries (down) × 5 keys
+        ██···
+        ██···
+        ███··
+        ████·
+        ██·██
+        """
+        rows, columns = self.sizes()
+        queries = rows if queries is None else queries
+        if queries is None:
+            raise ValueError(f"masks: {self!r} is for any number of tokens; say how many to show: mask.show(T, S).")
+        if keys is None:
+            keys = queries if columns is None else columns
+        return picture.draw(self, _as_tokens(queries), _as_tokens(keys), width)
+
+    def __repr__(self) -> str:
+        values = (getattr(self, part.name) for part in fields(self)) if is_dataclass(self) else ()
+        return f"{type(self).__name__.lower()}({', '.join(map(brief, jax.tree.leaves(list(values))))})"
+
     def __and__(self, other: Mask) -> Mask:
         return And(self, _operand(other, "&"))
 
@@ -105,6 +168,34 @@ class Mask:
 def pytree(cls):
     """Makes a mask a frozen dataclass whose fields are leaves of a pytree; the decorator of a new mask."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False, repr=False)(cls))
+
+
+def as_array(mask: Mask | None, queries: int | Tokens, keys: int | Tokens) -> Array:
+    """The mask written out: boolean [T, S] if all examples and heads share it, else [..., 1 or N, T, S].
+
+    For what takes nothing but an array; it is as large as the logits of a head.
+
+    Args:
+      mask: None is everybody to everybody.
+      queries: how many, or Tokens.
+      keys: how many, or Tokens.
+    """
+    queries, keys = _as_tokens(queries), _as_tokens(keys)
+    pairs = jnp.ones((1, 1), bool) if mask is None else mask.block(queries, keys)
+    return jnp.broadcast_to(pairs, (*pairs.shape[:-2], queries.size, keys.size))
+
+
+def _as_tokens(given: int | Tokens) -> Tokens:
+    return given if isinstance(given, Tokens) else tokens(given)
+
+
+def brief(value: Any) -> str:
+    """Numbers as they are, arrays by dtype and shape, functions by name."""
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    if getattr(value, "shape", ()) or not static.known(value):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return str(value)
 
 
 def _operand(other: object, operator: str) -> Mask:
@@ -140,6 +231,12 @@ class Combination(Mask):
     def sizes(self) -> tuple[int | None, int | None]:
         return functools.reduce(_agreed, (part.sizes() for part in self.parts()))
 
+    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+        return type(self)(*(part.laid_out(queries, keys, leading, padding) for part in self.parts()))
+
+    def of(self, example: Array, head: Array) -> Mask:
+        return type(self)(*(part.of(example, head) for part in self.parts()))
+
 
 @pytree
 class And(Combination):
@@ -153,6 +250,9 @@ class And(Combination):
 
     def joined(self, *blocks: Array) -> Array:
         return blocks[0] & blocks[1]
+
+    def __repr__(self) -> str:
+        return " & ".join(f"({part!r})" if isinstance(part, Or) else repr(part) for part in self.parts())
 
     def bounds(self, *tiles: Tiles) -> Tiles:
         a, b = tiles
@@ -172,6 +272,9 @@ class Or(Combination):
     def joined(self, *blocks: Array) -> Array:
         return blocks[0] | blocks[1]
 
+    def __repr__(self) -> str:
+        return f"{self.first!r} | {self.second!r}"
+
     def bounds(self, *tiles: Tiles) -> Tiles:
         a, b = tiles
         return Tiles(a.some | b.some, a.every | b.every)
@@ -188,6 +291,9 @@ class Not(Combination):
 
     def joined(self, *blocks: Array) -> Array:
         return ~blocks[0]
+
+    def __repr__(self) -> str:
+        return f"~({self.mask!r})" if isinstance(self.mask, And | Or) else f"~{self.mask!r}"
 
     def bounds(self, *tiles: Tiles) -> Tiles:
         return Tiles(~tiles[0].every, ~tiles[0].some)

@@ -32,6 +32,12 @@ class Lengths(Mask):
         some, every = (across(start + index) < apart(lengths) for index in (first, last))
         return on_grid(some, every, queries, keys, rows, columns)
 
+    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+        return Lengths(static.flat(self.lengths, leading))
+
+    def of(self, example: Array, head: Array) -> Mask:
+        return Lengths(static.entry(self.lengths, example))
+
 
 @pytree
 class Segments(Mask):
@@ -52,6 +58,13 @@ class Segments(Mask):
     def sizes(self) -> tuple[int | None, int | None]:
         return jnp.shape(self.queries)[-1], jnp.shape(self.keys)[-1]
 
+    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+        longer = (static.longer(ids, -1, size) for ids, size in zip((self.queries, self.keys), padding, strict=True))
+        return Segments(*(static.flat(ids, leading, axes=1) for ids in longer))
+
+    def of(self, example: Array, head: Array) -> Mask:
+        return Segments(*(static.entry(ids, example, axes=1) for ids in (self.queries, self.keys)))
+
 
 @pytree
 class Dense(Mask):
@@ -69,6 +82,53 @@ class Dense(Mask):
     def sizes(self) -> tuple[int | None, int | None]:
         queries, keys = jnp.shape(self.array)[-2:]
         return None if queries == 1 else queries, None if keys == 1 else keys
+
+    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+        return lay_out_pairs(jnp.asarray(self.array), (0, 0), leading, padding)
+
+
+@pytree
+class _Flat(Mask):
+    """Pairs written out, laid out for `of`."""
+
+    array: Array  # [B or 1, N or 1, T or 1, S or 1]
+    origin: tuple[ArrayLike, ArrayLike]  # index of the first query and of the first key
+
+    def of(self, example: Array, head: Array) -> Mask:
+        return _Entry(self.array, self.origin, example, head)
+
+
+@pytree
+class _Entry(Mask):
+    """One example and one head of pairs written out, cut out where they are looked at."""
+
+    array: Array
+    origin: tuple[ArrayLike, ArrayLike]
+    example: Array
+    head: Array
+
+    def block(self, queries: Tokens, keys: Tokens) -> Array:
+        wanted = (
+            (self.example, 1),
+            (self.head, 1),
+            (queries.start - self.origin[0], queries.size),
+            (keys.start - self.origin[1], keys.size),
+        )
+        places = [(0, 1) if size == 1 else place for size, place in zip(self.array.shape, wanted, strict=True)]
+        return jax.lax.dynamic_slice(self.array, [start for start, _ in places], [size for _, size in places])[0, 0]
+
+
+def lay_out_pairs(
+    pairs: Array, origin: tuple[ArrayLike, ArrayLike], leading: tuple[int, ...], padding: tuple[int, int]
+) -> Mask:
+    """Pairs [T, S] or [..., 1 or N, T, S], the first of which has the indices `origin`, as `Mask.laid_out` wants."""
+    for axis, size in zip((-2, -1), padding, strict=True):
+        pairs = pairs if pairs.shape[axis] == 1 else static.longer(pairs, axis, size)
+    pairs = pairs if pairs.ndim > 2 else pairs[None]
+    have = pairs.shape[:-3]
+    if have.count(1) < len(have):  # not shared by all examples
+        pairs = jnp.broadcast_to(pairs, (*leading, *pairs.shape[-3:]))
+    return _Flat(pairs.reshape(-1, *pairs.shape[-3:]), origin)
 
 
 def lengths(lengths: ArrayLike) -> Mask:

@@ -13,12 +13,22 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from mhajax.masks import static
-from mhajax.masks.algebra import Mask, Tiles, Tokens, on_grid, pytree
+from mhajax.masks.algebra import Mask, Tiles, Tokens, brief, on_grid, pytree
 from mhajax.masks.static import across, apart, down
 
 
+class _Shared(Mask):
+    """A mask without arrays that differ between examples or heads."""
+
+    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+        return self
+
+    def of(self, example: Array, head: Array) -> Mask:
+        return self
+
+
 @pytree
-class Causal(Mask):
+class Causal(_Shared):
     """Key position ≤ query position."""
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
@@ -32,7 +42,7 @@ class Causal(Mask):
 
 
 @pytree
-class Window(Mask):
+class Window(_Shared):
     """Query position - before ≤ key position ≤ query position + after."""
 
     before: ArrayLike  # []
@@ -51,6 +61,10 @@ class Window(Mask):
         every = (most <= before) & (-least <= after)
         return on_grid(some, every, queries, keys, rows, columns)
 
+    def __repr__(self) -> str:
+        after = brief(self.after)
+        return f"window(before={brief(self.before)}{'' if after == '0' else f', after={after}'})"
+
 
 @pytree
 class Prefix(Mask):
@@ -66,9 +80,15 @@ class Prefix(Mask):
         first, last = map(across, static.extremes(answering, columns))
         return on_grid(first < apart(length), last < apart(length), queries, keys, rows, columns)
 
+    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+        return Prefix(static.flat(self.length, leading))
+
+    def of(self, example: Array, head: Array) -> Mask:
+        return Prefix(static.entry(self.length, example))
+
 
 @pytree
-class Chunk(Mask):
+class Chunk(_Shared):
     """Query position // size = key position // size."""
 
     size: ArrayLike  # []
@@ -83,7 +103,7 @@ class Chunk(Mask):
 
 
 @pytree
-class Function(Mask):
+class Function(_Shared):
     """What a function of one query and one key says."""
 
     mask_fn: Callable[..., Any] = field(metadata={"static": True})
@@ -166,6 +186,9 @@ def chunk(size: ArrayLike) -> Mask:
 
 def function(mask_fn: Callable[..., Any], *arrays: Any) -> Mask:
     """A mask of your own, written for one query and one key.
+
+    Nothing is known about it before it is called, so a kernel looks at every tile. Where it has a bound, say so with
+    another mask: `function(mask_fn) & window(512)` leaves out what is further away.
 
     Args:
       mask_fn: (query position, key position, *arrays) → bool, all scalars but the arrays; it is mapped over the pairs

@@ -85,3 +85,25 @@ def across(values: Any) -> Any:
 def apart(value: Any) -> Any:
     """One value for all, [], or one for every example, [...], as it broadcasts over heads, queries and keys."""
     return value[..., None, None, None] if value.ndim else value
+
+
+def flat(values: Any, leading: tuple[int, ...], axes: int = 0) -> Any:
+    """[] or [...] (before so many axes of its own) with the leading axes flattened to one; shared values stay."""
+    values = jnp.asarray(values)
+    if values.ndim == axes:
+        return values
+    own = values.shape[values.ndim - axes :]
+    return jnp.broadcast_to(values, (*leading, *own)).reshape(-1, *own)
+
+
+def entry(values: Any, example: jax.Array, axes: int = 0) -> Any:
+    """One example's values of those that are `flat`."""
+    return values if jnp.ndim(values) == axes else values[example]
+
+
+def longer(values: Any, axis: int, size: int) -> jax.Array:
+    """The array with `size` more entries along an axis, copies of the last."""
+    values = jnp.asarray(values)
+    widths = [(0, 0)] * values.ndim
+    widths[axis] = (0, size)
+    return jnp.pad(values, widths, mode="edge") if size else values
