@@ -22,6 +22,7 @@ Other commands:
   python -m experiments translate RUN < sentences.txt     translate lines from standard input
   python -m experiments sample RUN [--prompt TEXT]        let a language model write
   python -m experiments fetch NAME …                      download public data sets
+  python -m experiments bench attention                   time it against the other libraries
 """
 
 
@@ -124,7 +125,18 @@ def _fetch(arguments: list[str]) -> int:
     return fetch.command(arguments)
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"translate": _translate, "sample": _sample, "fetch": _fetch}
+def _bench(arguments: list[str]) -> int:
+    from experiments import bench
+
+    return bench.command(arguments)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "translate": _translate,
+    "sample": _sample,
+    "fetch": _fetch,
+    "bench": _bench,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

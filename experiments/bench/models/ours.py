@@ -1,0 +1,47 @@
+"""The language model in this library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.bench.models import LEARNING_RATE, WEIGHT_DECAY, Size
+from mhajax import language_model, losses
+
+
+def program(size: Size, arrays: dict, *, unroll: int = 1) -> tuple[Callable, Any]:
+    """The training step, (state, tokens) → (loss, state), not yet compiled, and its first state."""
+    config = language_model.Config(
+        d_model=size.d_model, num_heads=size.heads, num_layers=size.layers, vocab_size=size.vocabulary,
+        norm="layer", positions="sinusoidal", unroll=unroll,
+    )  # fmt: skip
+    params = jax.eval_shape(lambda: language_model.init_params(jax.random.key(0), config))
+    params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
+    ones = lambda norm: norm._replace(scale=jnp.ones_like(norm.scale))  # noqa: E731
+    layers = params.stack.layers
+    layers = layers._replace(
+        attention_norm=ones(layers.attention_norm),
+        mlp_norm=ones(layers.mlp_norm),
+        attention=layers.attention._replace(**{name: arrays[name] for name in ("w_q", "w_k", "w_v", "w_o")}),
+        mlp=layers.mlp._replace(w_in=arrays["w_in"], w_out=arrays["w_out"]),
+    )
+    stack = params.stack._replace(layers=layers, norm=ones(params.stack.norm))
+    params = language_model.Params(arrays["embedding"], stack)
+    optimiser = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+    def loss(params, tokens):
+        features = language_model.features(params, tokens[:, :-1], config)
+        return losses.linear_cross_entropy(features, params.embedding, tokens[:, 1:]).loss / tokens[:, 1:].size
+
+    def step(state: Any, tokens):
+        params, moments = state
+        value, gradient = jax.value_and_grad(loss)(params, tokens)
+        updates, moments = optimiser.update(gradient, moments, params)
+        return value, (optax.apply_updates(params, updates), moments)
+
+    state: Any = params
+    return step, (params, optimiser.init(state))
