@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 from mhajax import checks, kernels
 from mhajax.masks import Mask, Tokens, as_mask, tokens
 
-CAPTURES = ("queries", "keys", "values", "logits", "weights", "heads", "contributions")
+CAPTURES = ("queries", "keys", "values", *kernels.CAPTURES, "heads", "contributions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +145,10 @@ def apply(params: Params, x: Array, config: Config, *, memory: Array | None = No
       memory: the stream that answers, [..., S, D] with the leading axes of x; x itself if None.
       mask: a Mask, or booleans [T, S] or [..., N, T, S], True = may attend. A three-axis array is refused.
       bias: numbers added to the logits, broadcast to [..., N, T, S]; -inf masks.
+      score: function (score, head, q_position, k_position) → score of one scaled product, before bias and mask, such as
+        `scores.alibi(8)`; what it closes over has gradients.
+      kernel: "auto", or one of `kernels.NAMES`; `kernels.explain` says which it is. Only "dense" has forward-mode
+        derivatives (`jax.jvp`, `jax.hessian`).
       positions: positions of the queries, integers [T] or [..., T]; 0, 1, 2, … if None.
       memory_positions: positions of the keys, [S] or [..., S]; those of x in self-attention, else 0, 1, 2, ….
       rotate: function (x [..., T, H], positions [..., T]) → [..., T, H] applied to queries and keys, such as
@@ -191,7 +195,8 @@ def apply_captured(
       params, x, config, memory: as in `apply`, and so are all its other options.
       capture: what to return, any of
         "queries" [..., N, T, H], "keys" [..., K, S, H], "values" [..., K, S, Hv] as they enter the dot product,
-        "logits" and "weights" [..., N, T, S] (scaled and biased, -inf where masked; before dropout),
+        "logits" and "weights" [..., N, T, S] (scaled, scored and biased, -inf where masked; before dropout),
+        "log_sum_exp" [..., N, T], the logarithm of the sum that the weights are divided by (-inf: nothing is visible),
         "heads" [..., N, T, Hv], every head's own output after its gate, before w_o,
         "contributions" [..., N, T, D], what each head adds to the output.
 
@@ -264,6 +269,8 @@ def apply_to(
     *,
     mask: Mask | ArrayLike | None = None,
     bias: Array | None = None,
+    score: Callable[[Any, Any, Any, Any], Any] | None = None,
+    kernel: str = "auto",
     positions: Array | None = None,
     start: ArrayLike = 0,
     keys: Tokens | None = None,
@@ -306,9 +313,10 @@ def apply_to(
         q = jnp.where(spoilt[..., None, :, :], jnp.nan, q)
     heads, captured = kernels.attend(
         q, answers.k, answers.v,
-        mask=mask, bias=bias, queries=queries, keys=tokens(answers.k.shape[-2]) if keys is None else keys,
+        mask=mask, bias=bias, score=score, kernel=kernel, queries=queries,
+        keys=tokens(answers.k.shape[-2]) if keys is None else keys,
         dropout_rate=dropout_rate, dropout_key=dropout_key,
-        capture=tuple(name for name in capture if name in ("logits", "weights")),
+        capture=tuple(name for name in capture if name in kernels.CAPTURES),
     )  # fmt: skip
     heads = heads.astype(x.dtype)
     if spoilt is not None:  # rows that are not finite are marked after w_o, lest they reach its gradient

@@ -33,13 +33,22 @@ def keep(key: Array, rate: float, shape: tuple[int, ...]) -> Array:
       The mixing function is "lowbias32" of C. Wellons' hash-prospector (public domain), applied twice, each time after
       one word of the key is added.
     """
-    first, second = jax.random.bits(key, (2,), jnp.uint32)
     counter = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
         counter += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
-    bits = _mix(_mix(counter + first) + second)
+    return keep_at(words(key), rate, counter)
+
+
+def words(key: Array) -> Array:
+    """The two words that a key is expanded to, uint32 [2], for `keep_at`."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def keep_at(words: Array, rate: float, index: Array) -> Array:
+    """`keep` for the elements with these indices (uint32, of the flattened array), wherever they are computed."""
+    bits = _mix(_mix(index + words[0]) + words[1])
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 

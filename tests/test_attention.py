@@ -632,7 +632,7 @@ def test_what_is_seen_is_what_it_is_called():
     out, seen = apply_captured(params, x, SMALL, memory=memory, gates=gates, capture=attention.CAPTURES, **FULL)
     chex.assert_shape(
         [seen[name] for name in attention.CAPTURES],
-        [(2, 3, 5, 2), (2, 1, 7, 2), (2, 1, 7, 5), (2, 3, 5, 7), (2, 3, 5, 7), (2, 3, 5, 5), (2, 3, 5, 6)],
+        [(2, 3, 5, 2), (2, 1, 7, 2), (2, 1, 7, 5), (2, 3, 5, 7), (2, 3, 5, 7), (2, 3, 5), (2, 3, 5, 5), (2, 3, 5, 6)],
     )
     allowed = (np.arange(7) < np.array([7, 4])[:, None, None, None]) & np.tri(5, 7, dtype=bool)
     queries = np.einsum("btd,ndh->bnth", x, params.w_q) + params.b_q[:, None]
@@ -650,6 +650,7 @@ def test_what_is_seen_is_what_it_is_called():
         "heads": heads,
     }.items():
         close(seen[name], expected, 3e-6)
+    close(seen["log_sum_exp"], np.log(np.sum(np.exp(logits), -1)), 3e-6)
     np.testing.assert_array_equal(np.isneginf(seen["logits"]), ~np.broadcast_to(allowed, logits.shape))
     close(np.where(allowed, seen["logits"], 0), np.where(allowed, logits, 0), 3e-6)
     np.testing.assert_allclose(np.sum(seen["weights"], -1), 1, rtol=1e-6)

@@ -1,14 +1,151 @@
 """softmax(q kᵀ) v for given queries, keys and values: one contract, one function per path.
 
-Every path takes
-
-    attend(q [..., N, T, H], k [..., K, S, H], v [..., K, S, Hv], *, mask, bias, queries, keys, scale,
-           dropout_rate, dropout_key, capture) -> (heads [..., N, T, Hv], {name: captured array})
-
-and gives the same numbers as `dense`, which is the definition. This is the one place where a path is chosen; today the
-dense path is the only one.
+`attend` is the contract. `dense` is the definition and holds every logit; `blockwise` gives the same numbers in memory
+that grows with T; the others call what a platform has. `choice` is the one place where a path is picked, and `explain`
+prints what it picks and why.
 """
 
-from mhajax.kernels.dense import attend
+from __future__ import annotations
 
-__all__ = ["attend"]
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mhajax.kernels import blockwise, dense, finite
+from mhajax.kernels.blockwise import Tiling
+from mhajax.kernels.choice import NAMES, Choice, Request, choose
+from mhajax.kernels.pairs import hoist
+from mhajax.masks import Mask, Tokens
+
+__all__ = ["CAPTURES", "NAMES", "Choice", "Tiling", "attend", "explain"]
+
+CAPTURES = ("logits", "weights", "log_sum_exp")
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    queries: Tokens,
+    keys: Tokens,
+    mask: Mask | None = None,
+    bias: Array | None = None,
+    score: Callable[[Any, Any, Any, Any], Any] | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    capture: Sequence[str] = (),
+    kernel: str = "auto",
+    cached: bool = False,
+) -> tuple[Array, dict[str, Array]]:
+    """Scaled dot-product attention of every head, softmax(score(scale · q kᵀ) + bias, mask) v.
+
+    Logits, softmax and sums are float32 (float64 for float64 input), whatever the dtype of q, k and v. A query with
+    nothing to attend to gives zeros. With a mask or a bias, keys and values that are not finite harm only the queries
+    that may see them: those get NaN.
+
+    Args:
+      q: queries [..., N, T, H].
+      k: keys [..., K, S, H]; query head n uses key head n // (N/K).
+      v: values [..., K, S, Hv].
+      queries: indices and positions of the T queries.
+      keys: indices and positions of the S keys.
+      mask: who may attend to whom; None is everybody to everybody.
+      bias: added to the logits, broadcasts to [..., N, T, S]; -inf masks.
+      score: function (score, head, q_position, k_position) → score of one scaled product, before bias and mask; what it
+        closes over has gradients. `mhajax.scores` has the known ones.
+      scale: factor of the products; 1/√H if None.
+      dropout_rate: share of the weights that is dropped.
+      dropout_key: PRNG key; None is no dropout. Every path drops the same weights.
+      capture: any of "logits" (after score and bias, -inf where masked) and "weights" (before dropout), [..., N, T, S],
+        and "log_sum_exp" [..., N, T] (-inf where nothing may be attended to). The first two hold T × S numbers; asking
+        changes no bit of the output.
+      kernel: "auto", or one of NAMES. The blockwise path and those of the platforms have no forward-mode derivative:
+        `jax.jvp`, `jax.hessian` and the like need kernel="dense".
+      cached: k and v come from a cache: values are finite, and keys that are not have NaN.
+
+    Returns:
+      The heads' outputs [..., N, T, Hv] in the dtype of v, and the captured arrays.
+
+    Raises:
+      ValueError: if the kernel cannot do what is asked; it names one that can. If a score function does not give one
+        number.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    constants: tuple[Array, ...] = ()
+    if score is not None:
+        score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32))
+    if dropout_key is None:
+        dropout_rate = 0.0
+    if bias is not None:
+        bias = dense.full_rank("bias", bias, (*q.shape[:-1], k.shape[-2]))
+    request = Request(
+        jax.default_backend(), q, k, v, mask, queries, keys, bias is not None, score is not None, bool(dropout_rate),
+        "log_sum_exp" in capture, cached,
+    )  # fmt: skip
+    choice = choose(request, kernel)
+
+    spoilt = None
+    if (mask is not None or bias is not None) and not cached:
+        q, k, v, spoilt = finite.heal(q, k, v)
+    given: dict[str, Any] = {
+        "mask": mask, "bias": bias, "score": score, "constants": constants, "queries": queries, "keys": keys,
+        "scale": scale, "dropout_rate": dropout_rate, "dropout_key": dropout_key,
+    }  # fmt: skip
+    if choice.tiling is not None:
+        heads, log_sums = blockwise.attend(q, k, v, tiling=choice.tiling, **given)
+    else:
+        heads, log_sums = dense.attend(q, k, v, **given)
+    captured = {}
+    if "logits" in capture or "weights" in capture:
+        captured = dense.look(q, k, v, **given)
+    captured["log_sum_exp"] = log_sums
+    if spoilt is not None:
+        rows = finite.reached(spoilt, mask, bias, queries, keys, q.shape)
+        heads, captured = finite.mark(heads, captured, rows, spoilt, mask, bias, queries, keys)
+    return heads, {name: captured[name] for name in capture}
+
+
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    queries: Tokens | None = None,
+    keys: Tokens | None = None,
+    platform: str | None = None,
+    kernel: str = "auto",
+    mask: Mask | None = None,
+    bias: Any = None,
+    score: Callable | None = None,
+    dropout_rate: float = 0.0,
+    capture: Sequence[str] = (),
+    cached: bool = False,
+) -> Choice:
+    """Which path `attend` takes for these arguments, and why; print it.
+
+    Args:
+      q, k, v: arrays, or `jax.ShapeDtypeStruct`s.
+      queries, keys: 0, 1, 2, … if None.
+      platform: "cpu", "gpu" or "tpu"; the one that JAX runs on if None.
+      kernel, mask, bias, score, dropout_rate, capture, cached: as in `attend`.
+
+    >>> from mhajax import masks
+    >>> head = jax.ShapeDtypeStruct((1, 8, 4096, 64), jnp.float32)
+    >>> explain(head, head, head, mask=masks.causal(), platform="cpu").kernel
+    'blockwise'
+    """
+    from mhajax.masks import tokens
+
+    request = Request(
+        jax.default_backend() if platform is None else platform,
+        q, k, v, mask,
+        tokens(q.shape[-2]) if queries is None else queries,
+        tokens(k.shape[-2]) if keys is None else keys,
+        bias is not None, score is not None, bool(dropout_rate), "log_sum_exp" in capture, cached,
+    )  # fmt: skip
+    return choose(request, kernel)

@@ -13,73 +13,80 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import dropout, precision
+from mhajax.kernels import pairs
 from mhajax.masks import Mask, Tokens
 
-CAPTURES = ("logits", "weights")
+
+def attend(q: Array, k: Array, v: Array, **options) -> tuple[Array, Array]:
+    """The heads' outputs [..., N, T, Hv] in the dtype of v, and the logarithm of every query's sum [..., N, T].
+
+    Args:
+      q: [..., N, T, H].
+      k: [..., K, S, H].
+      v: [..., K, S, Hv].
+      **options: mask, bias, score, constants, queries, keys, scale, dropout_rate and dropout_key, as in
+        `kernels.attend`.
+    """
+    heads, seen = _lifted(q, k, v, capture=("log_sum_exp",), **options)
+    return heads, seen["log_sum_exp"]
 
 
-def attend(
+def look(q: Array, k: Array, v: Array, **options) -> dict[str, Array]:
+    """The "logits" and "weights", each [..., N, T, S]. Arguments as in `attend`."""
+    return _lifted(q, k, v, capture=("logits", "weights"), **options)[1]
+
+
+def _lifted(
     q: Array,
     k: Array,
     v: Array,
     *,
     mask: Mask | None = None,
     bias: Array | None = None,
+    score: Callable | None = None,
+    constants: tuple[Array, ...] = (),
     queries: Tokens,
     keys: Tokens,
-    scale: float | None = None,
+    scale: float,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     capture: Sequence[str] = (),
 ) -> tuple[Array, dict[str, Array]]:
-    """Scaled dot-product attention of every head, softmax(scale · q kᵀ + bias, mask) v.
-
-    Logits, softmax and sums are float32 (float64 for float64 input), whatever the dtype of q, k and v. A query with
-    nothing to attend to gives zeros. With a mask, keys and values that are not finite harm only the queries that may
-    see them: those get NaN.
-
-    Args:
-      q: queries [..., N, T, H].
-      k: keys [..., K, S, H]; query head n uses key head n // (N/K).
-      v: values [..., K, S, Hv].
-      mask: who may attend to whom; None is everybody to everybody.
-      bias: added to the logits, broadcasts to [..., N, T, S]; -inf masks.
-      queries: indices and positions of the T queries.
-      keys: indices and positions of the S keys.
-      scale: factor of the logits; 1/√H if None.
-      dropout_rate: share of the weights that is dropped.
-      dropout_key: PRNG key; None is no dropout.
-      capture: any of "logits" (scaled, with bias, -inf where masked) and "weights" (before dropout).
-
-    Returns:
-      The heads' outputs [..., N, T, Hv] in the dtype of v, and the captured arrays, each [..., N, T, S].
-    """
     *leading, num_heads, length, width = q.shape
     num_kv_heads, num_keys = k.shape[-3:-1]
     full = (*leading, num_heads, length, num_keys)
-    allowed = None if mask is None else _full_rank("mask", mask.block(queries, keys), full)
+    allowed = None if mask is None else full_rank("mask", mask.block(queries, keys), full)
     if bias is not None:
-        bias = _full_rank("bias", bias, full)
+        bias = full_rank("bias", bias, full)
         visible = bias != -jnp.inf  # NaN is not hidden
         allowed = visible if allowed is None else allowed & visible
         bias = jnp.where(visible, bias, 0)
     kept = None if dropout_key is None or not dropout_rate else dropout.keep(dropout_key, dropout_rate, full)
+    of_pairs = None if score is None else pairs.lift(score)
 
-    def one_head(q, k, v, allowed, bias, kept):
+    def one_head(q, k, v, allowed, bias, kept, head, q_position, k_position):
+        scored = None
+        if of_pairs is not None:
+            scored = lambda logits: of_pairs(logits, head, q_position, k_position, *constants)  # noqa: E731
         return attend_head(
-            q, k, v, allowed, bias, kept,
-            scale=width**-0.5 if scale is None else scale, dropout_rate=dropout_rate, capture=capture,
+            q, k, v, allowed, bias, kept, scored, scale=scale, dropout_rate=dropout_rate, capture=capture
         )  # fmt: skip
 
+    # Heads as [B, K, G]: what is shared is mapped over none of the axes that share it.
     sizes = (math.prod(leading), num_kv_heads, num_heads // num_kv_heads)
-    lifted = _lift(one_head, sizes)
-    heads, captured = lifted(
-        q.reshape(*sizes, *q.shape[-2:]),
-        k.reshape(*sizes[:2], 1, *k.shape[-2:]),
-        v.reshape(*sizes[:2], 1, *v.shape[-2:]),
+    places = [jnp.asarray(tokens.position) for tokens in (queries, keys)]
+    heads, captured = _lift(one_head, sizes)(
+        q.reshape(*sizes, length, width),
+        k.reshape(sizes[0], num_kv_heads, 1, *k.shape[-2:]),
+        v.reshape(sizes[0], num_kv_heads, 1, *v.shape[-2:]),
         *(None if a is None else _split_heads(a, leading, sizes) for a in (allowed, bias, kept)),
+        None if score is None else jnp.arange(num_heads).reshape(1, *sizes[1:]),
+        *(None if score is None else a.reshape(-1, 1, 1, a.shape[-1]) for a in places),
     )
-    return jax.tree.map(lambda a: a.reshape(*leading, num_heads, *a.shape[-2:]), (heads, captured))
+    shape = (*leading, num_heads)
+    return heads.reshape(*shape, length, v.shape[-1]), {
+        name: array.reshape(*shape, *array.shape[3:]) for name, array in captured.items()
+    }
 
 
 def attend_head(
@@ -89,6 +96,7 @@ def attend_head(
     allowed: Array | None = None,
     bias: Array | None = None,
     kept: Array | None = None,
+    score: Callable[[Array], Array] | None = None,
     *,
     scale: float,
     dropout_rate: float = 0.0,
@@ -103,22 +111,17 @@ def attend_head(
       allowed: bool, broadcasts to [T, S]; None is all.
       bias: broadcasts to [T, S].
       kept: bool [T, S], the weights that dropout leaves.
-      scale: factor of the logits.
+      score: function of the scaled products [T, S].
+      scale: factor of the products.
       dropout_rate: share of the weights that is dropped.
-      capture: "logits", "weights".
+      capture: "logits", "weights", "log_sum_exp".
 
     Returns:
-      [T, Hv] in the dtype of v, and the captured arrays [T, S].
+      [T, Hv] in the dtype of v, and the captured arrays, [T, S] or [T].
     """
-    float_dtype = jnp.promote_types(q.dtype, jnp.float32)
-    spoilt = spoilt_rows = None
-    if allowed is not None:  # without a mask every key is seen by every query, and nothing has to be kept apart
-        q, spoilt_queries = _heal(q)
-        k, spoilt_keys = _heal(k)
-        v, spoilt_values = _heal(v)
-        spoilt = allowed & (spoilt_queries[:, None] | spoilt_keys | spoilt_values)  # [T, S]
-        spoilt_rows = jnp.any(spoilt, axis=-1, keepdims=True)
     logits = precision.einsum("th,sh->ts", q, k) * scale
+    if score is not None:
+        logits = score(logits)
     if bias is not None:
         logits = logits + bias
     if allowed is not None:
@@ -128,33 +131,26 @@ def attend_head(
         top = jnp.where(top == -jnp.inf, 0, top)
     weights = jnp.exp(logits - top)  # not yet divided by their sum, which is cheaper after the product
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    if allowed is not None:
-        total = jnp.where(total == 0, 1, total)
+    nothing = None if allowed is None else total == 0
+    if nothing is not None:
+        total = jnp.where(nothing, 1, total)
     kept_weights = weights if kept is None else jnp.where(kept, weights * (1 / (1 - dropout_rate)), 0)
     out = precision.einsum("ts,sh->th", kept_weights.astype(v.dtype), v) / total
-    if spoilt_rows is not None:
-        out = out + jnp.where(spoilt_rows, jnp.nan, 0).astype(float_dtype)
-    captured = {"logits": lambda: _mark(logits, spoilt), "weights": lambda: _mark(weights / total, spoilt_rows)}
+
+    def log_sum_exp() -> Array:
+        log_sums = top + jnp.log(total)
+        return (log_sums if nothing is None else jnp.where(nothing, -jnp.inf, log_sums))[:, 0]
+
+    captured = {"logits": lambda: logits, "weights": lambda: weights / total, "log_sum_exp": log_sum_exp}
     return out.astype(v.dtype), {name: captured[name]() for name in capture}
 
 
-def _heal(rows: Array) -> tuple[Array, Array]:
-    """Rows with 0 in place of NaN and Inf, and which rows had any.
+def full_rank(name: str, array: Array, full: tuple[int, ...]) -> Array:
+    """The array with 1 for the axes that it lacks: [..., 1 or N, t, s].
 
-    Zero times NaN is NaN, so a weight of 0 does not keep a bad key away from the sums, and least of all from the
-    gradients. Bad entries are taken out before, and what they spoil is marked after.
+    Raises:
+      ValueError: if it does not broadcast to the full shape.
     """
-    finite = jnp.isfinite(rows)
-    return jnp.where(finite, rows, 0), ~jnp.all(finite, axis=-1)
-
-
-def _mark(array: Array, spoilt: Array | None) -> Array:
-    """The array with NaN where it is spoilt."""
-    return array if spoilt is None else jnp.where(spoilt, jnp.nan, array)
-
-
-def _full_rank(name: str, array: Array, full: tuple[int, ...]) -> Array:
-    """The array with 1 for the axes that it lacks: [..., 1 or N, t, s]."""
     array = array.reshape((1,) * (len(full) - array.ndim) + array.shape)
     if array.ndim > len(full) or any(have not in (1, want) for have, want in zip(array.shape, full, strict=True)):
         raise ValueError(

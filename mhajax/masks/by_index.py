@@ -92,7 +92,7 @@ class _Flat(Mask):
     """Pairs written out, laid out for `of`."""
 
     array: Array  # [B or 1, N or 1, T or 1, S or 1]
-    origin: tuple[ArrayLike, ArrayLike]  # index of the first query and of the first key
+    origin: tuple[Any, Any]  # index of the first query and of the first key
 
     def of(self, example: Array, head: Array) -> Mask:
         return _Entry(self.array, self.origin, example, head)
@@ -103,7 +103,7 @@ class _Entry(Mask):
     """One example and one head of pairs written out, cut out where they are looked at."""
 
     array: Array
-    origin: tuple[ArrayLike, ArrayLike]
+    origin: tuple[Any, Any]
     example: Array
     head: Array
 

@@ -1,0 +1,68 @@
+"""What is not finite stays where it may be seen.
+
+Zero times NaN is NaN, so a weight of 0 does not keep a bad key away from the sums, and least of all from the gradients.
+Bad entries are taken out before a kernel runs, and what they spoil is marked after.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mhajax.masks import Mask, Tokens
+
+
+class Spoilt(NamedTuple):
+    """Tokens with an entry that is not finite."""
+
+    queries: Array  # bool [..., N, T]
+    keys: Array  # bool [..., N, S], of the key or the value
+
+
+def heal(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array, Spoilt]:
+    """q, k and v with 0 in place of NaN and Inf, and where there were any."""
+    (q, queries), (k, keys), (v, values) = map(_heal, (q, k, v))
+    keys = jnp.repeat(keys | values, q.shape[-3] // k.shape[-3], axis=-2)
+    return q, k, v, Spoilt(queries, keys)
+
+
+def _heal(rows: Array) -> tuple[Array, Array]:
+    finite = jnp.isfinite(rows)
+    return jnp.where(finite, rows, 0), ~jnp.all(finite, axis=-1)
+
+
+def pairs(spoilt: Spoilt, mask: Mask | None, bias: Array | None, queries: Tokens, keys: Tokens) -> Array:
+    """Pairs that may attend and are spoilt, bool [..., N, T, S]."""
+    seen = spoilt.queries[..., :, None] | spoilt.keys[..., None, :]
+    if mask is not None:
+        seen = seen & mask.block(queries, keys)
+    if bias is not None:
+        seen = seen & (bias != -jnp.inf)
+    return seen
+
+
+def reached(
+    spoilt: Spoilt, mask: Mask | None, bias: Array | None, queries: Tokens, keys: Tokens, shape: tuple[int, ...]
+) -> Array:
+    """Queries that see something spoilt, bool [..., N, T]. Pairs are looked at only if there is anything."""
+    look = lambda: jnp.any(pairs(spoilt, mask, bias, queries, keys), axis=-1)  # noqa: E731
+    anything = jnp.any(spoilt.queries) | jnp.any(spoilt.keys)
+    return jax.lax.cond(anything, look, lambda: jnp.zeros(shape[:-1], bool))
+
+
+def mark(
+    heads: Array, captured: dict[str, Array], rows: Array, spoilt: Spoilt, mask: Mask | None, bias: Array | None,
+    queries: Tokens, keys: Tokens,
+) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+    """Outputs and captured arrays with NaN where they are spoilt; gradients pass as if they were not."""
+    bad = lambda where: jnp.where(where, jnp.nan, 0)  # noqa: E731
+    heads = heads + bad(rows)[..., None].astype(heads.dtype)
+    marks = {
+        "log_sum_exp": lambda: bad(rows),
+        "weights": lambda: bad(rows)[..., None],
+        "logits": lambda: bad(pairs(spoilt, mask, bias, queries, keys)),
+    }
+    return heads, {name: array + marks[name]() for name, array in captured.items()}
