@@ -13,6 +13,7 @@ import numpy as np
 MIN_ROUNDS, MAX_ROUNDS = 3, 300
 _BURST = 0.01  # seconds: a short function is called for about as long, and its mean is one measurement
 _SHORT = 0.05  # seconds: a shorter one is called once untimed before, to have caches and threads to itself
+_LONG = 1.0  # seconds
 _YARDSTICK = 0.2  # share of the time that the yardstick may take
 
 
@@ -40,7 +41,7 @@ def interleave(
     Args:
       functions: by name; each returns when its work is done.
       seconds: to spend, all functions together.
-      warm: call every function twice before, and short ones often at a time; False for what must not be repeated, or
+      warm: call every function once or twice before, and short ones often at a time; False for what must not be repeated, or
         is warm.
       yardstick: one more function, called in as many rounds as fit in a fifth of the time.
 
@@ -93,11 +94,14 @@ def ratio(times: np.ndarray, reference: np.ndarray) -> float:
 
 
 def _prepare(function: Callable[[], Any]) -> int:
-    """How often to call it at a time; warms it up."""
-    function()
-    begin = time.perf_counter()
-    function()
-    once = time.perf_counter() - begin
+    """How often to call it at a time; warms it up, a long one with a single call."""
+    once = 0.0
+    for _ in range(2):
+        begin = time.perf_counter()
+        function()
+        once = time.perf_counter() - begin
+        if once >= _LONG:
+            break
     return 1 if once >= _SHORT else min(100, 1 + math.ceil(_BURST / max(once, 1e-7)))
 
 

@@ -29,6 +29,8 @@ def main(kind: str, folder: str, keep: str) -> None:
         arrays = dict(stored)
     try:
         if kind == "torch":
+            import torch  # noqa: F401  # type: ignore
+
             from experiments.bench.models import of_torch
 
             base, step = peak(), of_torch.stepper(size, arrays)
