@@ -41,8 +41,8 @@ def interleave(
     Args:
       functions: by name; each returns when its work is done.
       seconds: to spend, all functions together.
-      warm: call every function once or twice before, and short ones often at a time; False for what must not be repeated, or
-        is warm.
+      warm: call every function once or twice before, and short ones often at a time; False for what is warm, or must
+        not be repeated.
       yardstick: one more function, called in as many rounds as fit in a fifth of the time.
 
     Returns:
