@@ -13,7 +13,7 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 
 # A module of the library imports only from rows above its own, or from its own folder.
 LAYERS = [
-    {"masks", "precision", "positions", "dropout", "norm", "mlp", "losses", "tree", "version"},
+    {"masks", "precision", "positions", "scores", "dropout", "norm", "mlp", "losses", "tree", "version"},
     {"kernels", "embedding", "checks"},
     {"attention"},
     {"cache", "convert"},
