@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax.kernels import blockwise, dense, finite
-from mhajax.kernels.blockwise import Tiling
+from mhajax.kernels import blockwise, dense
 from mhajax.kernels.choice import NAMES, Choice, Request, choose
+from mhajax.kernels.grid import Tiling
 from mhajax.kernels.pairs import hoist
 from mhajax.masks import Mask, Tokens
 
@@ -89,9 +89,6 @@ def attend(
     )  # fmt: skip
     choice = choose(request, kernel)
 
-    spoilt = None
-    if (mask is not None or bias is not None) and not cached:
-        q, k, v, spoilt = finite.heal(q, k, v)
     given: dict[str, Any] = {
         "mask": mask, "bias": bias, "score": score, "constants": constants, "queries": queries, "keys": keys,
         "scale": scale, "dropout_rate": dropout_rate, "dropout_key": dropout_key,
@@ -99,14 +96,10 @@ def attend(
     if choice.tiling is not None:
         heads, log_sums = blockwise.attend(q, k, v, tiling=choice.tiling, **given)
     else:
-        heads, log_sums = dense.attend(q, k, v, **given)
-    captured = {}
+        heads, log_sums = dense.attend(q, k, v, cached=cached, **given)
+    captured = {"log_sum_exp": log_sums}
     if "logits" in capture or "weights" in capture:
-        captured = dense.look(q, k, v, **given)
-    captured["log_sum_exp"] = log_sums
-    if spoilt is not None:
-        rows = finite.reached(spoilt, mask, bias, queries, keys, q.shape)
-        heads, captured = finite.mark(heads, captured, rows, spoilt, mask, bias, queries, keys)
+        captured |= dense.look(q, k, v, cached=cached, **given)
     return heads, {name: captured[name] for name in capture}
 
 

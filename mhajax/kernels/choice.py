@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mhajax import masks
-from mhajax.kernels.blockwise import Tiling
+from mhajax.kernels.grid import Tiling
 from mhajax.masks import Mask, Tokens
 
 NAMES = ("dense", "blockwise", "cudnn", "splash")

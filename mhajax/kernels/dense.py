@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import dropout, precision
-from mhajax.kernels import pairs
+from mhajax.kernels import finite, pairs
 from mhajax.masks import Mask, Tokens
 
 
@@ -25,15 +25,26 @@ def attend(q: Array, k: Array, v: Array, **options) -> tuple[Array, Array]:
       k: [..., K, S, H].
       v: [..., K, S, Hv].
       **options: mask, bias, score, constants, queries, keys, scale, dropout_rate and dropout_key, as in
-        `kernels.attend`.
+        `kernels.attend`, and cached.
     """
-    heads, seen = _lifted(q, k, v, capture=("log_sum_exp",), **options)
+    heads, seen = _guarded(q, k, v, capture=("log_sum_exp",), **options)
     return heads, seen["log_sum_exp"]
 
 
 def look(q: Array, k: Array, v: Array, **options) -> dict[str, Array]:
     """The "logits" and "weights", each [..., N, T, S]. Arguments as in `attend`."""
-    return _lifted(q, k, v, capture=("logits", "weights"), **options)[1]
+    return _guarded(q, k, v, capture=("logits", "weights"), **options)[1]
+
+
+def _guarded(q: Array, k: Array, v: Array, *, cached: bool = False, **options) -> tuple[Array, dict[str, Array]]:
+    """`_lifted`, with what is not finite kept where it may be seen; a cache has seen to that itself."""
+    mask, bias, queries, keys = (options.get(name) for name in ("mask", "bias", "queries", "keys"))
+    if cached or (mask is None and bias is None):
+        return _lifted(q, k, v, **options)
+    q, k, v, spoilt = finite.heal(q, k, v)
+    heads, captured = _lifted(q, k, v, **options)
+    rows = finite.reached(spoilt, mask, bias, queries, keys, q.shape)
+    return finite.mark(heads, captured, rows, spoilt, mask, bias, queries, keys)
 
 
 def _lifted(
