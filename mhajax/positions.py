@@ -1,40 +1,269 @@
-"""Where a token stands: functions that are handed to attention or added to embeddings."""
+"""Where a token stands: functions that are handed to attention or added to embeddings.
+
+Rotary positions turn pairs of channels by angles; how fast each pair turns are its frequencies, an array that may be
+made for longer texts than a model was trained on before it is handed over:
+
+    slow = positions.llama3(positions.frequencies(128, 500_000.0), 8.0, original_length=8192)
+    y = attention.apply(params, x, config, rotate=functools.partial(positions.rotary, frequencies=slow))
+
+    rotary, rotary_interleaved     pairs are (i, i + H/2), or neighbours
+    frequencies                    one for every pair; fewer than H/2 turn the first channels only (partial rotary)
+    linear, ntk, dynamic_ntk, yarn, llama3   frequencies made slower
+    sinusoids                      vectors to be added to embeddings
+"""
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 
-def rotary(x: Array, positions: Array, *, base: float = 10_000.0) -> Array:
+def rotary(
+    x: Array, positions: Array, *, base: float | None = None, frequencies: Array | None = None, magnitude: float = 1.0
+) -> Array:
     """Turn queries or keys by an angle that grows with their position, so that logits depend on distance only.
 
     Channel pairs (i, i + H/2) are turned by `position · base^(-2i/H)`: the halves convention of Llama and GPT-NeoX.
-    Give it to attention as it is, `rotate=positions.rotary`, or with another base through `functools.partial`.
+    Give it to attention as it is, `rotate=positions.rotary`, or with another base or frequencies through
+    `functools.partial`. With R frequencies the first 2R channels are turned, in pairs (i, i + R), and the others left.
 
     Args:
-      x: [..., T, H], H even.
+      x: [..., T, H].
       positions: [T] or [..., T], in tokens.
-      base: the longest wavelength is 2π · base tokens.
+      base: the longest wavelength is 2π · base tokens; 10,000 if None.
+      frequencies: [R], radians per token of each pair, R at most H/2, instead of the base. None: H/2 from the base.
+      magnitude: factor of the turned channels, such as `yarn_magnitude`.
 
     Returns:
       [..., T, H] in the dtype of x; the angles are computed in float32.
 
     Raises:
-      ValueError: if H is odd.
+      ValueError: if H is odd and no frequencies are given, there are more of them than pairs, or a base as well.
 
     References:
       Su et al. 2021, "RoFormer", section 3.2.2 (which pairs neighbouring channels instead of halves).
     """
-    width = x.shape[-1]
+    angles = _angles("rotary", x, positions, base, frequencies)
+    turned, rest = _split(x, 2 * angles.shape[-1])
+    first, second = jnp.split(turned, 2, axis=-1)
+    return _joined(_turn(first, second, angles, magnitude), rest, x)
+
+
+def rotary_interleaved(
+    x: Array, positions: Array, *, base: float | None = None, frequencies: Array | None = None, magnitude: float = 1.0
+) -> Array:
+    """`rotary` of neighbouring channels, pairs (2i, 2i + 1): the convention of RoFormer and GPT-J.
+
+    Args:
+      x, positions, base, frequencies, magnitude: as in `rotary`.
+
+    Returns:
+      [..., T, H] in the dtype of x.
+
+    Raises:
+      ValueError: as `rotary`.
+
+    References:
+      Su et al. 2021, "RoFormer", section 3.2.2.
+    """
+    angles = _angles("rotary_interleaved", x, positions, base, frequencies)
+    turned, rest = _split(x, 2 * angles.shape[-1])
+    pairs = _turn(turned[..., ::2], turned[..., 1::2], angles, magnitude)
+    return _joined((jnp.stack(pairs, axis=-1).reshape(turned.shape),), rest, x)
+
+
+def frequencies(width: int, base: float = 10_000.0) -> Array:
+    """How fast each pair of channels turns, base^(-2i/width), in radians per token.
+
+    Args:
+      width: channels that are turned, even: H, or fewer for a partial rotary.
+      base: the slowest pair takes nearly 2π · base tokens for a turn.
+
+    Returns:
+      float32 [width/2], falling.
+
+    Raises:
+      ValueError: if the width is odd.
+
+    >>> [round(float(one), 3) for one in frequencies(6, base=1000.0)]
+    [1.0, 0.1, 0.01]
+    """
     if width % 2:
-        raise ValueError(f"positions.rotary: H must be even to form pairs, got H={width}; change head_dim.")
-    wavelengths = base ** (jnp.arange(width // 2, dtype=jnp.float32) * (2 / width))
-    angles = positions[..., None].astype(jnp.float32) / wavelengths  # [..., T, H/2]
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    cos, sin = jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+        raise ValueError(f"positions.frequencies: width must be even to form pairs, got {width}.")
+    return 1 / _wavelengths(width, base)
+
+
+def linear(frequencies: Array, factor: ArrayLike) -> Array:
+    """Position interpolation: all pairs turn `factor` times slower, as if the text were so much shorter.
+
+    References:
+      Chen et al. 2023, "Extending Context Window of Large Language Models via Positional Interpolation", section 2.3.
+    """
+    return frequencies / factor
+
+
+def ntk(frequencies: Array, factor: ArrayLike) -> Array:
+    """The slowest pair turns `factor` times slower, the fastest as before, the others in between.
+
+    Pair i of R by factor^(i/(R−1)): the same as the base times factor^(H/(H−2)).
+
+    Raises:
+      ValueError: for one frequency, which would be both.
+
+    References:
+      Peng et al. 2023, "YaRN", section 3.1, definition 1 ("NTK-aware"; their s is our factor).
+    """
+    pairs = frequencies.shape[-1]
+    if pairs < 2:
+        raise ValueError(f"positions.ntk: there must be at least 2 frequencies, got {pairs}.")
+    return frequencies / factor ** (jnp.arange(pairs) / (pairs - 1))
+
+
+def dynamic_ntk(frequencies: Array, factor: ArrayLike, *, length: ArrayLike, original_length: int) -> Array:
+    """`ntk` that grows with the text, by factor · length/original_length − (factor − 1); nothing up to that length.
+
+    Keys in a cache were turned with the frequencies of their time: turn all again, or keep to one length.
+
+    Args:
+      frequencies: [R].
+      factor: how steeply; 1 makes the text as long as the original.
+      length: tokens of the text now; may be traced.
+      original_length: tokens of the texts that the model was trained on.
+
+    References:
+      Peng et al. 2023, "YaRN", section 3.3 (factor 1); the factor is that of Hugging Face's "dynamic".
+    """
+    longer = jnp.maximum(jnp.asarray(length) / original_length, 1)
+    return ntk(frequencies, factor * longer - (factor - 1))
+
+
+def yarn(
+    frequencies: Array,
+    factor: ArrayLike,
+    *,
+    original_length: int,
+    slow: float = 1.0,
+    fast: float = 32.0,
+    whole: bool = True,
+) -> Array:
+    """YaRN's "NTK-by-parts": fast pairs as they are, slow ones `factor` times slower, between them by their index.
+
+    A pair is fast if it makes at least `fast` turns in the original length, slow if at most `slow`. Its other half is
+    the temperature: give `magnitude=yarn_magnitude(factor)` to `rotary`.
+
+    The authors' code and the models trained with it let the index of the pair decide in between, as here. The paper's
+    formula goes by the number of turns instead; that is `llama3(frequencies, factor, low=1, high=32, …)`.
+
+    Args:
+      frequencies: [R], falling by one ratio, as from `frequencies`.
+      factor: length now / original length.
+      original_length: tokens of the texts that the model was trained on.
+      slow, fast: turns; the paper's α and β.
+      whole: widen the range to whole indices, as the authors' code; gpt-oss does not.
+
+    Raises:
+      ValueError: for one frequency, from which no ratio can be had.
+
+    References:
+      Peng et al. 2023, "YaRN", sections 3.2 and 3.4.
+    """
+    pairs = frequencies.shape[-1]
+    if pairs < 2:
+        raise ValueError(f"positions.yarn: there must be at least 2 frequencies, got {pairs}.")
+    logs = jnp.log(frequencies)
+    step = (logs[0] - logs[-1]) / (pairs - 1)
+    index = lambda turns: (logs[0] - math.log(2 * math.pi * turns / original_length)) / step  # noqa: E731
+    first, last = index(fast), index(slow)
+    if whole:
+        first, last = jnp.floor(first), jnp.ceil(last)
+    first, last = jnp.maximum(first, 0), jnp.minimum(last, 2 * pairs - 1)
+    share = jnp.clip((jnp.arange(pairs) - first) / jnp.maximum(last - first, 1e-3), 0, 1)
+    return frequencies * (1 - share + share / factor)
+
+
+def yarn_magnitude(factor: float) -> float:
+    """YaRN's temperature as `rotary` takes it: √(1/t) = 0.1 · ln(factor) + 1, a factor of queries and keys alike.
+
+    Logits of turned channels grow by its square, 1/t. With all channels turned, the same as a `scale` of the products.
+
+    >>> round(yarn_magnitude(4.0), 4)
+    1.1386
+
+    References:
+      Peng et al. 2023, "YaRN", section 3.4 (their s is our factor).
+    """
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def llama3(
+    frequencies: Array, factor: ArrayLike, *, original_length: int, low: float = 1.0, high: float = 4.0
+) -> Array:
+    """Llama 3.1: fast pairs as they are, slow ones `factor` times slower, between them by their number of turns.
+
+    Args:
+      frequencies: [R].
+      factor: 8 for Llama 3.1.
+      original_length: tokens of the texts that the model was trained on.
+      low: pairs with fewer turns in the original length are slow (its low_freq_factor).
+      high: pairs with more turns are fast (its high_freq_factor); above low.
+
+    Raises:
+      ValueError: if high is not above low.
+
+    References:
+      Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.4.2; the formula is in the authors' code.
+    """
+    if high <= low:
+        raise ValueError(f"positions.llama3: high must be above low, got low={low} and high={high}.")
+    turns = frequencies * (original_length / (2 * math.pi))
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+def _wavelengths(width: int, base: float) -> Array:
+    """Tokens per radian of every pair."""
+    return base ** (jnp.arange(width // 2, dtype=jnp.float32) * (2 / width))
+
+
+def _angles(function: str, x: Array, positions: Array, base: float | None, frequencies: Array | None) -> Array:
+    """Of every token and pair, float32 [..., T, R]."""
+    width, places = x.shape[-1], positions[..., None].astype(jnp.float32)
+    if frequencies is None:
+        if width % 2:
+            raise ValueError(f"positions.{function}: H must be even to form pairs, got H={width}; change head_dim.")
+        return places / _wavelengths(width, 10_000.0 if base is None else base)
+    if base is not None:
+        raise ValueError(
+            f"positions.{function}: base={base} and frequencies exclude each other; give "
+            f"frequencies=positions.frequencies({2 * frequencies.shape[-1]}, {base})."
+        )
+    if frequencies.ndim != 1 or 2 * frequencies.shape[0] > width:
+        raise ValueError(
+            f"positions.{function}: frequencies must be [R] with R at most H/2 = {width // 2}, one for every pair of "
+            f"channels, got {frequencies.shape}; H={width} is head_dim."
+        )
+    return places * frequencies.astype(jnp.float32)
+
+
+def _split(x: Array, turned: int) -> tuple[Array, Array | None]:
+    """Channels that are turned, at least float32, and the others; None: there are none."""
+    wide = x[..., :turned].astype(jnp.promote_types(x.dtype, jnp.float32))
+    return wide, x[..., turned:] if turned < x.shape[-1] else None
+
+
+def _turn(first: Array, second: Array, angles: Array, magnitude: float) -> tuple[Array, Array]:
+    cos, sin = jnp.cos(angles).astype(first.dtype), jnp.sin(angles).astype(first.dtype)
+    if magnitude != 1.0:
+        cos, sin = cos * magnitude, sin * magnitude
+    return first * cos - second * sin, second * cos + first * sin
+
+
+def _joined(turned: tuple[Array, ...], rest: Array | None, x: Array) -> Array:
+    parts = [part.astype(x.dtype) for part in turned]
+    return jnp.concatenate(parts if rest is None else [*parts, rest], axis=-1)
 
 
 def sinusoids(positions: Array, width: int, *, base: float = 10_000.0) -> Array:

@@ -1,4 +1,4 @@
-"""Rotary positions turn, and only their difference counts; sinusoids are sines."""
+"""Rotary positions turn, and only their difference counts; frequencies are those of the papers; sinusoids are sines."""
 
 from functools import partial
 
@@ -54,6 +54,107 @@ def test_rotary_keeps_the_dtype_and_computes_in_float32(x):
     np.testing.assert_array_equal(turned, exact.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("fewer", [0, 1, 2])
+def test_interleaved_pairs_are_neighbours_and_few_frequencies_turn_the_first_channels(x, fewer):
+    """The two conventions are one rotation with the channels in another order."""
+    turned = H - 2 * fewer
+    speeds = np.float32([1.0, 0.3, 0.02, 0.7, 0.001])[: turned // 2]
+    angles = np.arange(50, 50 + T)[:, None] * np.float64(speeds)
+    for function, first, second in (
+        (positions.rotary, slice(0, turned // 2), slice(turned // 2, turned)),
+        (positions.rotary_interleaved, slice(0, turned, 2), slice(1, turned, 2)),
+    ):
+        pairs = 1.5 * (np.float64(x[..., first]) + 1j * np.float64(x[..., second])) * np.exp(1j * angles)
+        expected = np.array(x, np.float64)
+        expected[..., first], expected[..., second] = pairs.real, pairs.imag
+        got = function(x, 50 + jnp.arange(T), frequencies=speeds, magnitude=1.5)
+        np.testing.assert_allclose(got, expected, atol=3e-5)
+        np.testing.assert_array_equal(got[..., turned:], x[..., turned:])
+
+
+@pytest.mark.parametrize("function", [positions.rotary, positions.rotary_interleaved])
+def test_frequencies_of_the_base_are_the_base(x, function):
+    places = jnp.arange(T) * 11
+    by_base = function(x, places, base=500.0)
+    np.testing.assert_allclose(function(x, places, frequencies=positions.frequencies(H, 500.0)), by_base, atol=1e-5)
+    assert np.max(np.abs(function(x, places) - by_base)) > 0.1
+
+
+# What transformers 5.24.0 gives for these: `ROPE_INIT_FUNCTIONS` (frequencies, and the factor of cosines and sines).
+OF_TRANSFORMERS = {
+    "linear": (
+        lambda: positions.linear(positions.frequencies(10), 4.0),
+        [0.25, 0.03962232917547226, 0.0062797158025205135, 0.0009952676482498646, 0.00015773932682350278],
+    ),
+    "dynamic": (
+        lambda: positions.dynamic_ntk(positions.frequencies(10), 2.0, length=5000, original_length=2048),
+        [1.0, 0.11290505528450012, 0.012747550383210182, 0.0014392627635970712, 0.00016250005865003914],
+    ),
+    "yarn": (
+        lambda: positions.yarn(positions.frequencies(22), 4.0, original_length=4096),
+        [1.0, 0.4328761398792267, 0.18738172948360443, 0.08111307770013809, 0.02984512411057949, 0.010639376938343048,
+         0.0036186319775879383, 0.0011392144951969385, 0.00030821163090877235, 0.00013341748854145408,
+         5.775323006673716e-05],
+    ),
+    "yarn, as in gpt-oss": (
+        lambda: positions.yarn(positions.frequencies(22, 150_000.0), 32.0, original_length=4096, whole=False),
+        [1.0, 0.3384123742580414, 0.11452293395996094, 0.036195918917655945, 0.008276992477476597,
+         0.0014568106271326542, 4.6938308514654636e-05, 1.5884510503383353e-05, 5.375512955652084e-06,
+         1.8191408344137017e-06, 6.156195127005049e-07],
+    ),
+    "llama3": (
+        lambda: positions.llama3(positions.frequencies(22, 500_000.0), 8.0, original_length=8192),
+        [1.0, 0.3033275306224823, 0.0920075848698616, 0.027908431366086006, 0.008465394377708435,
+         0.0020793848671019077, 0.00010088174894917756, 2.9531996915466152e-05, 8.957863428804558e-06,
+         2.7171674901182996e-06, 8.241913178608229e-07],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_frequencies_are_those_of_transformers(name):
+    make, expected = OF_TRANSFORMERS[name]
+    np.testing.assert_allclose(make(), expected, rtol=2e-6)
+
+
+def test_the_magnitude_of_yarn_is_that_of_transformers():
+    np.testing.assert_allclose(
+        [positions.yarn_magnitude(factor) for factor in (0.5, 1.0, 4.0, 32.0)],
+        [1.0, 1.0, 1.138629436111989, 1.3465735902799727],
+        rtol=1e-12,
+    )
+
+
+def test_ntk_is_another_base():
+    """Definition 1 of the YaRN paper."""
+    base, factor, width = 300.0, 5.0, 14
+    expected = (base * factor ** (width / (width - 2))) ** (-2 * np.arange(width // 2) / width)
+    np.testing.assert_allclose(positions.ntk(positions.frequencies(width, base), factor), expected, rtol=1e-6)
+
+
+def test_dynamic_ntk_leaves_short_texts_alone():
+    plain = positions.frequencies(H)
+    grow = jax.jit(lambda length: positions.dynamic_ntk(plain, 3.0, length=length, original_length=100))
+    np.testing.assert_array_equal(grow(100), plain)
+    np.testing.assert_array_equal(grow(7), plain)
+    np.testing.assert_allclose(grow(250), positions.ntk(plain, 3 * 2.5 - 2), rtol=1e-6)
+
+
+def test_the_ramp_of_the_yarn_paper_goes_by_turns():
+    """Section 3.2, equations of γ and h, which `yarn` says is `llama3` with 1 and 32."""
+    plain, length, factor = np.float64(positions.frequencies(24, 10_000.0)), 2048, 8.0
+    turns = length / (2 * np.pi / plain)
+    gamma = np.where(turns < 1, 0, np.where(turns > 32, 1, (turns - 1) / 31))
+    assert 0 < np.sum((gamma > 0) & (gamma < 1))
+    got = positions.llama3(positions.frequencies(24), factor, original_length=length, low=1, high=32)
+    np.testing.assert_allclose(got, (1 - gamma) * plain / factor + gamma * plain, rtol=1e-6)
+
+
+def test_yarn_leaves_pairs_alone_that_are_all_fast():
+    plain = positions.frequencies(8, 10.0)
+    np.testing.assert_array_equal(positions.yarn(plain, 4.0, original_length=1_000_000), plain)
+
+
 @pytest.mark.parametrize("base", [10_000.0, 7.0])
 def test_sinusoids_are_sines_and_cosines(base):
     places = np.array([[0, 1, 5], [2, 100, 3]])
@@ -68,10 +169,44 @@ def test_sinusoids_are_sines_and_cosines(base):
     ("do", "parts"),
     [
         (partial(positions.rotary, jnp.ones((T, 5)), jnp.arange(T)), ("positions.rotary", "even", "H=5", "head_dim")),
+        (
+            partial(positions.rotary_interleaved, jnp.ones((T, 5)), jnp.arange(T)),
+            ("positions.rotary_interleaved", "even", "H=5", "head_dim"),
+        ),
+        (partial(positions.frequencies, 5), ("positions.frequencies", "even", "5")),
         (partial(positions.sinusoids, jnp.arange(T), 5), ("positions.sinusoids", "even", "5", "d_model")),
     ],
 )
 def test_odd_widths_are_refused(do, parts):
+    with pytest.raises(ValueError) as caught:
+        do()
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("do", "parts"),
+    [
+        (
+            partial(positions.rotary, jnp.ones((T, H)), jnp.arange(T), base=7.0, frequencies=jnp.ones(4)),
+            ("positions.rotary", "base=7.0", "positions.frequencies(8, 7.0)"),
+        ),
+        (
+            partial(positions.rotary, jnp.ones((T, H)), jnp.arange(T), frequencies=jnp.ones(6)),
+            ("positions.rotary", "H/2 = 5", "(6,)", "H=10"),
+        ),
+        (
+            partial(positions.rotary, jnp.ones((T, H)), jnp.arange(T), frequencies=jnp.ones((2, 3))),
+            ("positions.rotary", "[R]", "(2, 3)"),
+        ),
+        (partial(positions.ntk, jnp.ones(1), 2.0), ("positions.ntk", "at least 2", "1")),
+        (partial(positions.yarn, jnp.ones(1), 2.0, original_length=9), ("positions.yarn", "at least 2", "1")),
+        (
+            partial(positions.llama3, jnp.ones(3), 2.0, original_length=9, low=4.0, high=4.0),
+            ("positions.llama3", "above low", "low=4.0", "high=4.0"),
+        ),
+    ],
+)
+def test_frequencies_that_do_not_fit_are_refused(do, parts):
     with pytest.raises(ValueError) as caught:
         do()
     assert [part for part in parts if part not in str(caught.value)] == []
