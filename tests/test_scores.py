@@ -12,6 +12,8 @@ from mhajax import attention, kernels, masks, scores
 from mhajax.masks import Tokens
 from tests.reference import numbers, random_params
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 B, N, K, T, S, H, HV = 2, 6, 3, 37, 41, 5, 7
 KERNELS = ["dense", "blockwise"]
 Q, KEYS, V = numbers(0, B, N, T, H), numbers(1, B, K, S, H), numbers(2, B, K, S, HV)
