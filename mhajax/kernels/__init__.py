@@ -1,8 +1,8 @@
 """softmax(q kᵀ) v for given queries, keys and values: one contract, one function per path.
 
 `attend` is the contract. `dense` is the definition and holds every logit; `blockwise` gives the same numbers in memory
-that grows with T; the others call what a platform has. `choice` is the one place where a path is picked, and `explain`
-prints what it picks and why.
+that grows with T; `cudnn` and `splash` call what a platform has. `choice` is the one place where a path is picked, and
+`explain` prints what it picks and why. `ring` is for a sequence that is cut over devices, and is called by its name.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax.kernels import blockwise, dense
-from mhajax.kernels.choice import NAMES, Choice, Request, choose
+from mhajax.kernels import blockwise, cudnn, dense, splash
+from mhajax.kernels.choice import NAMES, Choice, Request, choose, spread
 from mhajax.kernels.grid import Tiling
 from mhajax.kernels.pairs import hoist
 from mhajax.masks import Mask, Tokens
@@ -85,7 +85,7 @@ def attend(
         bias = dense.full_rank("bias", bias, (*q.shape[:-1], k.shape[-2]))
     request = Request(
         jax.default_backend(), q, k, v, mask, queries, keys, bias is not None, score is not None, bool(dropout_rate),
-        "log_sum_exp" in capture, cached,
+        log_sum_exp=False, cached=cached, spread=spread(),
     )  # fmt: skip
     choice = choose(request, kernel)
 
@@ -93,11 +93,17 @@ def attend(
         "mask": mask, "bias": bias, "score": score, "constants": constants, "queries": queries, "keys": keys,
         "scale": scale, "dropout_rate": dropout_rate, "dropout_key": dropout_key,
     }  # fmt: skip
-    if choice.tiling is not None:
-        heads, log_sums = blockwise.attend(q, k, v, tiling=choice.tiling, **given)
-    else:
-        heads, log_sums = dense.attend(q, k, v, cached=cached, **given)
-    captured = {"log_sum_exp": log_sums}
+    tiled = lambda tiling: blockwise.attend(q, k, v, tiling=tiling, **given)  # noqa: E731
+    paths = {
+        "dense": lambda: dense.attend(q, k, v, cached=cached, **given),
+        "blockwise": lambda: tiled(choice.tiling),
+        "cudnn": lambda: (cudnn.attend(q, k, v, mask=mask, scale=given["scale"]), None),
+        "splash": lambda: (splash.attend(q, k, v, mask=mask, scale=given["scale"]), None),
+    }
+    heads, log_sums = paths[choice.kernel]()
+    if log_sums is None and "log_sum_exp" in capture:
+        log_sums = tiled(choose(request, "blockwise").tiling)[1]
+    captured: dict[str, Any] = {"log_sum_exp": log_sums}
     if "logits" in capture or "weights" in capture:
         captured |= dense.look(q, k, v, cached=cached, **given)
     return heads, {name: captured[name] for name in capture}
@@ -139,6 +145,7 @@ def explain(
         q, k, v, mask,
         tokens(q.shape[-2]) if queries is None else queries,
         tokens(k.shape[-2]) if keys is None else keys,
-        bias is not None, score is not None, bool(dropout_rate), "log_sum_exp" in capture, cached,
+        bias is not None, score is not None, bool(dropout_rate),
+        log_sum_exp=False, cached=cached, spread=spread(),
     )  # fmt: skip
     return choose(request, kernel)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mhajax import masks
+from mhajax.kernels import cudnn
 from mhajax.kernels.grid import Tiling
 from mhajax.masks import Mask, Tokens
 
@@ -27,8 +30,9 @@ class Request(NamedTuple):
     bias: bool
     score: bool
     dropout: bool
-    log_sum_exp: bool  # whether the logarithm of the sums is asked for
+    log_sum_exp: bool  # whether the path itself must give the logarithm of the sums
     cached: bool  # keys and values come from a cache
+    spread: bool = False  # the compiler may have to partition the work between devices
 
     @property
     def items(self) -> int:
@@ -72,17 +76,18 @@ def choose(request: Request, kernel: str = "auto") -> Choice:
     if kernel not in ("auto", *NAMES):
         raise ValueError(f"kernels: kernel must be auto or one of {', '.join(NAMES)}, got {kernel!r}.")
     refused = {name: _refusal(name, request) for name in NAMES}
+    absent = {name: _absence(name, request) for name in NAMES}
     if kernel == "auto":
-        wanted, why = _preferred(request, refused)
+        wanted, why = _preferred(request, {name: refused[name] or absent[name] for name in NAMES})
     else:
         wanted, why = kernel, "asked for"
         if refused[kernel]:
-            able = [name for name in NAMES if not refused[name]]
+            able = [name for name in NAMES if not refused[name] and not absent[name]]
             raise ValueError(
                 f"kernels: kernel={kernel!r} cannot do this: {refused[kernel]}; use kernel='auto' or one of "
                 f"{', '.join(able)}."
             )
-    others = {name: refused[name] or "not needed" for name in NAMES if name != wanted}
+    others = {name: refused[name] or absent[name] or "not needed" for name in NAMES if name != wanted}
     tiling = visited = None
     if wanted == "blockwise":
         tiling = _tiling(request)
@@ -91,14 +96,80 @@ def choose(request: Request, kernel: str = "auto") -> Choice:
     return Choice(wanted, tiling, why, others, visited)
 
 
+def spread() -> bool:
+    """Whether what is traced now may be partitioned by the compiler: there are devices, and no `shard_map` around."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() > 1 and not (mesh.axis_names and mesh.are_all_axes_manual)
+
+
+def _absence(name: str, request: Request) -> str:
+    """Why "auto" does not take a path that could do it; empty if it may. A path asked for by name is taken."""
+    if name == "splash" and request.platform != "tpu":
+        return "splash attention needs a TPU"
+    if name == "splash" and request.spread:
+        return "the compiler cannot partition splash attention between devices: call it inside shard_map"
+    return ""
+
+
 def _refusal(name: str, request: Request) -> str:
     """Why a path cannot do what is asked; empty if it can."""
     if name == "blockwise" and request.cached:
         return "a cache is read by the dense path, which does not copy it"
-    if name == "cudnn" and request.platform != "gpu":
+    if name == "cudnn":
+        return _cudnn_refusal(request)
+    if name == "splash":
+        return _splash_refusal(request)
+    return ""
+
+
+def _cudnn_refusal(request: Request) -> str:
+    if request.platform != "gpu":
         return "cuDNN needs an NVIDIA GPU"
-    if name == "splash" and request.platform != "tpu":
-        return "splash attention needs a TPU"
+    if jax.default_backend() == "gpu" and cudnn.absence():
+        return cudnn.absence()
+    dtypes = {jnp.dtype(a.dtype) for a in (request.q, request.k, request.v)}
+    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)}:
+        return f"cuDNN attention is for float16 or bfloat16, not {', '.join(sorted(map(str, dtypes)))}"
+    width, value_width = request.q.shape[-1], request.v.shape[-1]
+    if width > 128 or width % 8 or value_width != width:
+        return f"cuDNN attention needs H = Hv, a multiple of 8 up to 128, not H={width} and Hv={value_width}"
+    found = masks.conditions(request.mask)
+    if found.segments is not None:
+        return "cuDNN attention has no segments"
+    if found.window is not None and (not found.causal or found.lengths is not None):
+        return "cuDNN attention has windows that look back only, without lengths"
+    length, num_keys = request.q.shape[-2], request.k.shape[-2]
+    if found.causal and length != num_keys:
+        return f"cuDNN attention is causal for T = S only, not T={length} and S={num_keys}"
+    return _plain_refusal("cuDNN attention", request)
+
+
+def _splash_refusal(request: Request) -> str:
+    if jnp.result_type(request.q.dtype, request.k.dtype, request.v.dtype) == jnp.float64:
+        return "splash attention has no float64"
+    return _plain_refusal("splash attention", request)
+
+
+def _plain_refusal(who: str, request: Request) -> str:
+    """Why a kernel that knows masks by index only, and nothing that changes the logits, cannot do it."""
+    if request.cached:
+        return "a cache is read by the dense path, which does not copy it"
+    asked = {"bias": request.bias, "score function": request.score, "dropout of our kind": request.dropout}
+    for what, wanted in asked.items():
+        if wanted:
+            return f"{who} has no {what}"
+    if request.log_sum_exp:
+        return f"{who} gives no log_sum_exp"
+    found, queries, keys = masks.conditions(request.mask), request.queries, request.keys
+    if found.rest:
+        return f"{who} has no mask like {found.rest[0]!r}"
+    if found.window is not None and not all(isinstance(side, int) for side in found.window):
+        return f"{who} needs a window that is known when the program is traced"
+    if (found.causal or found.window is not None) and (queries.origin is None or queries.origin != keys.origin):
+        return f"{who} compares indices, and positions are not known to be the same as indices"
+    looked_up = found.lengths is not None or found.segments is not None
+    if looked_up and not all(isinstance(t.start, int) and t.start == 0 for t in (queries, keys)):
+        return f"{who} needs queries and keys that start at index 0"
     return ""
 
 
@@ -106,17 +177,21 @@ def _preferred(request: Request, refused: dict[str, str]) -> tuple[str, str]:
     length, num_keys = request.q.shape[-2], request.k.shape[-2]
     if refused["blockwise"]:
         return "dense", refused["blockwise"]
-    if request.items == 0 or min(length, num_keys) < 32 or length * num_keys <= 64 * 64:
+    few = 24 if request.mask is not None or request.bias else 48
+    if request.items == 0 or min(length, num_keys) < few:
         return "dense", "there are few logits"
+    if not refused["cudnn"]:
+        return "cudnn", "memory grows with T, in one kernel"
+    if not refused["splash"] and min(length, num_keys) >= 128:
+        return "splash", "memory grows with T, in one kernel"
     return "blockwise", "memory grows with T, and the logits stay in the processor's cache"
 
 
 def _tiling(request: Request) -> Tiling:
     length, num_keys = request.q.shape[-2], request.k.shape[-2]
     if request.platform == "cpu":
-        rows = _even(length, 512)
-        columns = _even(num_keys, 512 if request.mask is not None else 1024)
-        room = max(1, 2**19 // (rows * columns)) if length == rows else 1  # 2 MiB of logits at a time
+        rows, columns = _even(length, 1024 if request.mask is None else 512), _even(num_keys, 512)
+        room = max(1, 2**16 // (rows * columns)) if length == rows else 1  # 256 KiB of logits at a time
     else:  # fill the machine: all heads at once, as far as their logits stay below 256 MiB
         rows, columns = _even(length, 512), _even(num_keys, 512)
         room = max(1, 2**26 // (rows * columns))
