@@ -1,0 +1,1 @@
+"""Our attention behind the signatures of other libraries."""

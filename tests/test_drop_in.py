@@ -1,0 +1,392 @@
+"""Our attention in the place of others': `jax.nn`'s function and Flax's layers, which keep all but their kernel.
+
+The adapters are in drop_in/. What the tests of those libraries look at is looked at here, against the library itself
+where it is right; drop_in/test_tokamax.py and test_onnx.py do the same with two other yardsticks.
+"""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drop_in import of_flax, of_jax
+from flax import linen as nn
+from flax import nnx
+from reference import numbers
+
+from mhajax import masks
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+jax_nn: Any = jax.nn.dot_product_attention
+B, T, S, N, K, H, D = 3, 5, 7, 6, 2, 11, 12
+RANDOM = np.random.default_rng(0)
+SEEN = RANDOM.random((B, N, T, S)) < 0.6
+SEEN[..., 0] = True  # every query sees a key: where it sees none, the peers are wrong
+LENGTHS, QUERY_LENGTHS = np.array([4, 7, 1], np.int32), np.array([5, 2, 3], np.int32)
+
+# name: (options of jax.nn's function, heads of keys and values, dtype)
+OPTIONS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "nothing": ({}, N, "float32"),
+    "grouped": ({}, K, "float32"),
+    "one head of keys": ({}, 1, "float32"),
+    "scale": ({"scale": 0.7}, K, "float32"),
+    "causal, T ≠ S": ({"is_causal": True}, K, "float32"),
+    "mask": ({"mask": SEEN}, K, "float32"),
+    "mask of examples": ({"mask": SEEN[:, :1]}, K, "float32"),
+    "mask of keys": ({"mask": SEEN[:, :1, :1]}, N, "float32"),
+    "mask of two axes": ({"mask": SEEN[0, 0]}, K, "float32"),
+    "bias": ({"bias": numbers(4, B, N, T, S)}, K, "float32"),
+    "bias of heads": ({"bias": numbers(5, 1, N, T, S)}, K, "float32"),
+    "window": ({"local_window_size": 2}, K, "float32"),
+    "window behind, causal": ({"local_window_size": (3, 1), "is_causal": True}, N, "float32"),
+    "window behind and ahead": ({"local_window_size": (1, 3)}, K, "float32"),
+    "lengths of keys": ({"key_value_seq_lengths": LENGTHS}, K, "float32"),
+    "lengths of both": (
+        {"key_value_seq_lengths": LENGTHS, "query_seq_lengths": QUERY_LENGTHS, "is_causal": True},
+        K,
+        "float32",
+    ),
+    "all": (
+        {"mask": SEEN, "bias": numbers(6, B, N, T, S), "is_causal": True, "scale": 0.2, "local_window_size": (9, 0)},
+        K,
+        "float32",
+    ),
+    "bfloat16": ({"mask": SEEN, "is_causal": True}, K, "bfloat16"),
+}
+BLOCKWISE = ("all", "lengths of both", "bfloat16")  # the others cost a program each, and test_kernels.py has them
+
+
+def arrays(kv_heads: int = K, dtype: str = "float32") -> Any:
+    """q [B, T, N, H], k and v [B, S, K, H]."""
+    shapes = (B, T, N, H), (B, S, kv_heads, H), (B, S, kv_heads, H)
+    return tuple(jnp.asarray(numbers(seed, *shape), dtype) for seed, shape in enumerate(shapes))
+
+
+def forward_and_back(function, q, k, v, bias):
+    """The output, and what a fixed cotangent gives for q, k, v and bias; all as float32."""
+    out, back = jax.vjp(function, q, k, v, bias)
+    return jax.tree.map(lambda a: a.astype(jnp.float32), (out, *back(jnp.asarray(numbers(9, *out.shape), out.dtype))))
+
+
+def near(got, expected, tolerance=2e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=tolerance), got, expected)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_jax_nn(name):
+    """Forward and gradient, by every path; half precision by the rule of flash attention: twice the peer's error."""
+    options, kv_heads, dtype = OPTIONS[name]
+    options = dict(options)
+    bias = options.pop("bias", None)
+
+    inputs = *arrays(kv_heads, dtype), bias
+    paths: dict[str, Any] = {"dense": forward_and_back, "blockwise": jax.jit(forward_and_back, static_argnums=0)}
+    ours = {
+        kernel: run(partial(of_jax.dot_product_attention, implementation=kernel, **options), *inputs)
+        for kernel, run in paths.items()
+        if kernel == "dense" or name in BLOCKWISE
+    }
+    peer: Any = partial(forward_and_back, partial(jax_nn, **options))
+    theirs, exact = peer(*inputs), peer(*(a.astype(jnp.float32) for a in inputs[:3]), bias)
+    for got in ours.values():
+        if dtype == "float32":
+            near(got, theirs)
+        else:
+            for mine, other, truth in zip(*map(jax.tree.leaves, (got, theirs, exact)), strict=True):
+                assert np.abs(mine - truth).max() <= 2 * np.abs(other - truth).max() + 1e-5
+
+
+def test_jax_nn_without_batch_and_with_residual():
+    q, k, v = (a[1] for a in arrays())
+    mask, bias = SEEN[1], numbers(3, N, T, S)
+    out, residual = of_jax.dot_product_attention(q, k, v, bias, mask, return_residual=True)
+    near(out, jax_nn(q, k, v, bias, mask))
+    logits = np.einsum("tnh,snh->nts", q, np.repeat(k, N // K, axis=1)) / np.sqrt(H) + bias
+    near(residual, np.log(np.sum(np.exp(logits), axis=-1, where=mask)).T)
+    near(of_jax.dot_product_attention(q, k, v, key_value_seq_lengths=jnp.array([4])), jax_nn(
+        q, k[:4], v[:4]))  # fmt: skip
+
+
+def test_jax_nn_mapped_over_examples_and_shared_arguments():
+    q, k, v = arrays()
+    bias, mask = numbers(4, B, N, T, S), SEEN[0, :1]
+    attend = of_jax.dot_product_attention
+
+    @jax.jit
+    def both(q, k, v):
+        mapped = jax.vmap(attend, in_axes=(0, 0, 0, 0, None))(q, k, v, bias, mask)
+        shared = jax.vmap(attend, in_axes=(0, None, None))(q, k[0], v[0])
+        return (mapped, shared[2]), (attend(q, k, v, bias, mask[None]), attend(q[2], k[0], v[0]))
+
+    near(*both(q, k, v))
+
+
+@pytest.mark.parametrize("kernel", ["dense", "blockwise"])
+def test_right_where_jax_nn_is_not(kernel):
+    """jax.nn gives the mean of all values to a query that sees none, lets NaN through a mask, and makes one of -inf."""
+    q, k, v = arrays()
+    mask = np.array(SEEN)
+    mask[:, :, 1] = False  # a query that sees nothing
+    mask[:, :, :, 3] = False  # a key that nobody sees
+    attend: Any = partial(of_jax.dot_product_attention, implementation=kernel)
+    expected = jax_nn(q, np.delete(k, 3, 1), np.delete(v, 3, 1), mask=np.delete(mask, 3, -1))
+    expected = expected.at[:, 1].set(0)
+    k, v = k.at[:, 3].set(jnp.nan), v.at[:, 3].set(jnp.inf)
+    hidden = jnp.where(mask, 0.0, -jnp.inf)
+    for given in ({"mask": mask}, {"bias": hidden}):
+        near(attend(q, k, v, **given), expected)
+        grads = jax.grad(lambda *a, given=given: attend(*a, **given).sum(), argnums=(0, 1, 2))(q, k, v)
+        assert all(np.isfinite(grad).all() for grad in grads)
+        assert not np.any(grads[0][:, 1]) and not np.any(grads[1][:, 3]) and not np.any(grads[2][:, 3])
+    _, residual = attend(q, k, v, mask=mask, return_residual=True)
+    assert np.all(residual[:, 1] == -np.inf)
+
+
+def test_values_may_have_a_width_of_their_own_and_masks_need_not_be_arrays():
+    q, k, _ = arrays()
+    v = numbers(8, B, S, K, 13)
+    mask = masks.causal() & masks.lengths(LENGTHS)
+    got = of_jax.dot_product_attention(q, k, v, mask=mask)
+    for part in (slice(0, H), slice(13 - H, 13)):
+        expected = jax_nn(q, k, v[..., part], is_causal=True, key_value_seq_lengths=LENGTHS)
+        near(got[..., part], expected)
+
+
+# Flax ----------------------------------------------------------------------------------------------------------------
+
+X, MEMORY = numbers(11, B, T, D), numbers(12, B, S, D)
+PADDING = nn.make_attention_mask(np.ones((B, T)), np.arange(S) < LENGTHS[:, None])  # Flax's masks are float32
+CAUSAL = nn.make_causal_mask(np.ones((B, T)))
+LAYER: dict[str, Any] = dict(num_heads=3, qkv_features=15, out_features=8, bias_init=nn.initializers.normal())
+# name: (more options of the layer, inputs, mask)
+LAYERS: dict[str, tuple[dict[str, Any], tuple[Any, ...], Any]] = {
+    "self": ({}, (X,), None),
+    "causal": ({}, (X,), CAUSAL),
+    "cross, padding": ({}, (X, MEMORY), PADDING),
+    "values of another stream": ({}, (X, MEMORY, MEMORY[..., ::-1]), PADDING != 0),
+    "normalised queries and keys": ({"normalize_qk": True}, (X,), CAUSAL),
+    "more leading axes": ({}, (numbers(13, 2, B, T, D),), CAUSAL[None]),
+    "no batch": ({}, (X[0],), CAUSAL[0]),
+    "products of precision": ({"precision": jax.lax.Precision.HIGHEST}, (X,), CAUSAL),
+}
+
+
+def linen_layer(**options: Any) -> Any:
+    return nn.MultiHeadDotProductAttention(**LAYER, **options)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_linen_layer_with_our_kernel(name):
+    options, inputs, mask = LAYERS[name]
+    theirs = linen_layer(**options)
+    ours = theirs.clone(attention_fn=of_flax.linen_attention)
+    variables = theirs.init(jax.random.key(0), *inputs)
+    assert jax.tree.structure(jax.eval_shape(ours.init, jax.random.key(0), *inputs)) == jax.tree.structure(variables)
+
+    def run(layer):
+        out, back = jax.vjp(lambda *a: layer.apply(a[0], *a[1], mask=mask), variables, inputs)
+        return out, back(jnp.asarray(numbers(14, *out.shape)))
+
+    near(run(ours), run(theirs), tolerance=5e-6)
+
+
+def test_a_linen_layer_in_half_precision():
+    """Flax's own softmax is in bfloat16; ours errs at most as much."""
+    theirs = linen_layer()
+    variables = theirs.init(jax.random.key(0), X)
+    exact = theirs.apply(variables, X, mask=CAUSAL)
+    theirs = theirs.clone(dtype=jnp.bfloat16)
+    ours = theirs.clone(attention_fn=of_flax.linen_attention)
+    error = lambda layer: np.abs(layer.apply(variables, X, mask=CAUSAL).astype(jnp.float32) - exact).max()  # noqa: E731
+    assert ours.apply(variables, X).dtype == jnp.bfloat16
+    assert error(ours) <= 2 * error(theirs) + 1e-5
+
+
+def test_a_linen_layer_shows_its_weights_and_stays_as_it_is():
+    layer = linen_layer()
+    ours = layer.clone(attention_fn=of_flax.linen_attention)
+    variables = layer.init(jax.random.key(0), X)
+    sow = dict(mask=CAUSAL, sow_weights=True, mutable=["intermediates"])
+    (out, shown), (_, expected) = (a.apply(variables, X, **sow) for a in (ours, layer))
+    near(shown["intermediates"]["attention_weights"], expected["intermediates"]["attention_weights"])
+    np.testing.assert_array_equal(out, ours.apply(variables, X, mask=CAUSAL))
+    half = ours.clone(dtype=jnp.bfloat16)
+    for forced, dtype in ((False, jnp.bfloat16), (True, jnp.float32)):
+        shown = half.clone(force_fp32_for_softmax=forced).apply(variables, X, **sow)[1]["intermediates"]
+        assert shown["attention_weights"][0].dtype == dtype
+
+
+def test_a_linen_layer_decodes_from_its_own_cache():
+    """Token by token: Flax's cache, our kernel, equal to Flax's layer on the whole text."""
+    whole = linen_layer()
+    step = whole.clone(decode=True, attention_fn=of_flax.linen_attention)
+    variables = step.init(jax.random.key(0), X)
+
+    def one(cache, token):
+        out, changed = step.apply({"params": variables["params"], "cache": cache}, token[:, None], mutable=["cache"])
+        return changed["cache"], out[:, 0]
+
+    _, out = jax.jit(partial(jax.lax.scan, one))(variables["cache"], jnp.swapaxes(X, 0, 1))
+    expected = whole.apply({"params": variables["params"]}, X, mask=CAUSAL)
+    near(jnp.swapaxes(out, 0, 1), expected, tolerance=5e-6)
+
+
+def test_no_gradient_from_the_future():
+    layer = linen_layer(attention_fn=of_flax.linen_attention)
+    variables = layer.init(jax.random.key(0), X)
+    reached = jax.jit(jax.jacobian(lambda x: layer.apply(variables, x, mask=CAUSAL[:1]).sum(-1)))(X[:1])[0, :, 0]
+    np.testing.assert_array_equal(np.any(reached != 0, axis=-1), np.tril(np.ones((T, T), bool)))
+
+
+RATE, WIDE = 0.3, 61
+
+
+@pytest.mark.parametrize("attention", [of_flax.linen_attention, of_flax.nnx_attention])
+def test_dropout_drops_its_share_and_keeps_the_mean(attention):
+    """With the unit vectors as values the output is the weights: here all 1/S, dropped or divided by what is kept."""
+    q, k = np.zeros((2, WIDE, 2, 1)), np.zeros((2, WIDE, 2, 1))
+    v = np.broadcast_to(np.eye(WIDE)[None, :, None], (2, WIDE, 2, WIDE)).astype(np.float32)
+    draw = lambda key, **more: attention(q, k, v, dropout_rng=key, dropout_rate=RATE, **more)  # noqa: E731
+    weights = np.asarray(draw(jax.random.key(1)))
+    kept = weights > 0
+    np.testing.assert_allclose(weights[kept], 1 / WIDE / (1 - RATE), rtol=1e-5)
+    assert abs(kept.mean() - (1 - RATE)) < 5 * np.sqrt(RATE * (1 - RATE) / kept.size)
+    assert np.any(kept[0] != kept[1]) and np.any(kept[:, :, 0] != kept[:, :, 1])  # every weight draws for itself
+    np.testing.assert_array_equal(weights, draw(jax.random.key(1)))
+    assert np.any(weights != draw(jax.random.key(2)))
+    np.testing.assert_allclose(draw(None, deterministic=True), 1 / WIDE, rtol=1e-5)
+    with pytest.raises(ValueError, match="dropout_rng"):
+        draw(None)
+
+
+def test_a_linen_layer_drops_while_it_trains():
+    """Linen leaves out arguments that an attention_fn does not name, so a layer could lose its dropout in silence."""
+    layer = linen_layer(dropout_rate=0.5, attention_fn=of_flax.linen_attention)
+    variables = layer.init(jax.random.key(0), X, deterministic=True)
+    still = layer.apply(variables, X, deterministic=True)
+    near(still, layer.clone(dropout_rate=0.0).apply(variables, X))
+    train = jax.jit(lambda key: layer.apply(variables, X, deterministic=False, rngs={"dropout": key}))
+    np.testing.assert_array_equal(train(jax.random.key(1)), train(jax.random.key(1)))
+    draws = np.stack([train(key) for key in jax.random.split(jax.random.key(2), 400)])
+    spread = draws.std(axis=0)
+    assert spread.min() > 0
+    assert np.all(np.abs(draws.mean(axis=0) - still) < 6 * spread / np.sqrt(len(draws)))
+
+
+GROUPED = {"num_kv_heads": 1} if "num_kv_heads" in inspect.signature(nnx.MultiHeadAttention).parameters else {}
+CALLED_CAUSAL = (
+    {"is_causal": True} if "is_causal" in inspect.signature(nnx.MultiHeadAttention.__call__).parameters else {}
+)
+# name: (more options of the layer, inputs, options of the call)
+NNX_LAYERS: dict[str, tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]] = {
+    "self": ({}, (X,), {}),
+    "mask": ({}, (X,), {"mask": CAUSAL}),
+    "cross, padding": ({}, (X, MEMORY), {"mask": PADDING}),
+    "grouped heads": (GROUPED, (X,), {"mask": CAUSAL}),
+    "causal, grouped": (GROUPED, (X,), CALLED_CAUSAL),
+    "normalised queries and keys": ({"normalize_qk": True}, (X,), {}),
+    "products of precision": ({"precision": "highest"}, (X,), {}),
+}
+
+
+def nnx_layer(**options: Any) -> nnx.MultiHeadAttention:
+    shape = LAYER | {"in_features": D, "decode": False, "rngs": nnx.Rngs(params=0, dropout=1)}
+    return nnx.MultiHeadAttention(**(shape | options))
+
+
+@pytest.mark.parametrize("name", NNX_LAYERS)
+def test_an_nnx_layer_with_our_kernel(name):
+    options, inputs, call = NNX_LAYERS[name]
+    layer, ours = nnx_layer(**options), nnx_layer(**options, attention_fn=of_flax.nnx_attention)
+    theirs, params = nnx.split(layer)
+    ours, same = nnx.split(ours)
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+
+    def run(graph):
+        out, back = jax.vjp(lambda *a: nnx.merge(graph, a[0])(*a[1], **call), params, inputs)
+        return out, back(jnp.asarray(numbers(14, *out.shape)))
+
+    (out, grads), (expected, expected_grads) = run(ours), run(theirs)
+    near(out, expected, tolerance=5e-6)
+    near(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), tolerance=5e-6)
+
+
+def test_an_nnx_layer_shows_its_weights_and_stays_as_it_is():
+    layer, ours = nnx_layer(), nnx_layer(attention_fn=of_flax.nnx_attention)
+    out = ours(X, mask=CAUSAL)
+    np.testing.assert_array_equal(ours(X, mask=CAUSAL, sow_weights=True), out)
+    layer(X, mask=CAUSAL, sow_weights=True)
+    shown, expected = (jax.tree.leaves(nnx.pop(a, nnx.Intermediate)) for a in (ours, layer))
+    near(shown, expected)
+    assert shown[0].shape == (B, LAYER["num_heads"], T, T)
+
+
+def test_an_nnx_layer_decodes_from_its_own_cache():
+    whole, step = nnx_layer(**GROUPED), nnx_layer(**GROUPED, attention_fn=of_flax.nnx_attention, decode=True)
+    step.init_cache(X.shape)
+    one = nnx.jit(lambda step, token: step(token))
+    out = np.concatenate([one(step, X[:, t : t + 1]) for t in range(T)], axis=1)
+    near(out, whole(X, mask=CAUSAL), tolerance=5e-6)
+
+
+def test_an_nnx_layer_drops_while_it_trains():
+    layer = nnx_layer(attention_fn=of_flax.nnx_attention, dropout_rate=0.5)
+    still = layer(X, deterministic=True)
+    near(still, nnx_layer()(X))
+    first, second = layer(X, deterministic=False), layer(X, deterministic=False)
+    assert np.any(first != still) and np.any(first != second)
+
+
+@pytest.mark.parametrize("attention", [of_flax.linen_attention, of_flax.nnx_attention])
+def test_a_precision_that_was_asked_for_is_in_every_product(attention, monkeypatch):
+    """On an accelerator, also in those of the gradient."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    q, k, v = arrays()
+    loss = lambda *a: attention(*a, precision=jax.lax.Precision.HIGHEST).sum()  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v))
+    assert program.count("dot_general") == program.count("precision=(Precision.HIGHEST") > 2
+
+
+Q, KEYS, V = (np.ones(shape, np.float32) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
+linen, of_nn = of_flax.linen_attention, of_jax.dot_product_attention
+# what is done: (the function, its arguments, what the message must hold)
+ERRORS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], tuple[str, ...]]] = {
+    "mask of three axes": (of_nn, (Q, KEYS, V), {"mask": SEEN[:, 0]}, ("mask must have 4 axes", "(3, 5, 7)", "[None]")),
+    "Flax's too": (linen, (Q, KEYS, V), {"mask": SEEN[:, 0]}, ("mask must have 4 axes", "(3, 5, 7)", "[:, None]")),
+    "bias of three axes": (of_nn, (Q, KEYS, V), {"bias": numbers(1, N, T, S)}, ("bias must have 4 axes", "(6, 5, 7)")),
+    "heads before tokens": (of_nn, (Q.swapaxes(1, 2), KEYS, V), {}, ("multiple", "(3, 6, 5, 11)", "(3, 7, 2, 11)")),
+    "ranks": (linen, (Q, KEYS[0], V), {}, ("same rank", "(7, 2, 11)")),
+    "examples": (linen, (Q, KEYS[:2], V[:2]), {}, ("batch dims", "(2, 7, 2, 11)")),
+    "lengths": (linen, (Q, KEYS, V[:, 1:]), {}, ("lengths must match", "(3, 6, 2, 11)")),
+    "widths": (linen, (Q, KEYS[..., 1:], V), {}, ("depths must match", "(3, 7, 2, 10)")),
+    "five axes": (of_nn, (Q[None], KEYS[None], V[None]), {}, ("[B, T, N, H] or [T, N, H]", "jax.vmap")),
+    "lengths of others": (of_nn, (Q, KEYS, V), {"key_value_seq_lengths": np.array([1])}, ("[B] = (3,)", "(1,)")),
+    "a path of other platforms": (of_nn, (Q, KEYS, V), {"implementation": "cudnn"}, ("cudnn", "GPU", "dense")),
+    "products": (linen, (Q, KEYS, V), {"einsum_dot_general": jax.lax.dot_general}, ("einsum_dot_general", "None")),
+    "one product": (linen, (Q, KEYS, V), {"qk_attn_weights_einsum": jnp.einsum}, ("qk_attn_weights_einsum",)),
+    "the other": (linen, (Q, KEYS, V), {"attn_weights_value_einsum": jnp.einsum}, ("attn_weights_value_einsum",)),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_say_what_was_expected_and_what_came(name):
+    function, inputs, options, parts = ERRORS[name]
+    with pytest.raises(ValueError) as caught:
+        function(*inputs, **options)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_every_argument_of_the_original_has_a_place():
+    """Linen drops what a signature does not name, so none may be missing."""
+    for original, adapter in (
+        (jax_nn, of_nn),
+        (nn.dot_product_attention, linen),
+        (nnx.dot_product_attention, of_flax.nnx_attention),
+    ):
+        theirs, ours = (inspect.signature(f).parameters for f in (original, adapter))
+        assert [name for name in theirs if name not in ours] == []
+        assert [name for name in theirs if theirs[name].default != ours[name].default] == []
