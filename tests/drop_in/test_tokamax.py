@@ -21,7 +21,7 @@ THEIRS = {
     "test_small_non_power_of_two": True,
     "test_bias": True,
     "test_mask": True,  # and test_mask_api
-    "test_causal_mask0": True,
+    "test_causal_mask": True,
     "test_causal_mask_cross_attention": True,
     "test_q_start_end_indices": True,
     "test_padding_mask": True,
