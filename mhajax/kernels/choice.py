@@ -87,7 +87,8 @@ def choose(request: Request, kernel: str = "auto") -> Choice:
                 f"kernels: kernel={kernel!r} cannot do this: {refused[kernel]}; use kernel='auto' or one of "
                 f"{', '.join(able)}."
             )
-    others = {name: refused[name] or absent[name] or "not needed" for name in NAMES if name != wanted}
+    unused = {name: "it holds all T × S logits" if name == "dense" else "not needed" for name in NAMES}
+    others = {name: refused[name] or absent[name] or unused[name] for name in NAMES if name != wanted}
     tiling = visited = None
     if wanted == "blockwise":
         tiling = _tiling(request)
@@ -184,7 +185,7 @@ def _preferred(request: Request, refused: dict[str, str]) -> tuple[str, str]:
         return "cudnn", "memory grows with T, in one kernel"
     if not refused["splash"] and min(length, num_keys) >= 128:
         return "splash", "memory grows with T, in one kernel"
-    return "blockwise", "memory grows with T, and the logits stay in the processor's cache"
+    return "blockwise", "memory grows with T" + ", and the logits stay in the cache" * (request.platform == "cpu")
 
 
 def _tiling(request: Request) -> Tiling:
