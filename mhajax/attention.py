@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -239,8 +240,8 @@ def keys_values(
       memory: [..., S, D].
       positions: [S] or [..., S], for `rotate`.
       rotate: as in `apply`.
-      masked: whether a mask will be used: then a token that is not finite becomes a key that is not finite, and spoils
-        nothing but the queries that see it (not even the gradient of the projections).
+      masked: whether a mask will be used: then a token that is not finite spoils nothing but the queries that see it,
+        not even the gradient of the projections.
 
     Returns:
       Keys [..., K, S, H] and values [..., K, S, Hv].
@@ -248,16 +249,11 @@ def keys_values(
     checks.stream("memory", memory, config)
     checks.parameters(params, config)
     checks.positions("memory_positions", positions, memory)
-    params = jax.tree.map(lambda w: w.astype(memory.dtype), params)
-    spoilt = None
-    if masked:
-        memory, spoilt = _sound(memory)
-    k = _project(memory, params.w_k, params.b_k)
-    v = _project(memory, params.w_v, params.b_v)
+    params = jax.tree.map(lambda w: jnp.asarray(w, memory.dtype), params)
+    k = _project(memory, params.w_k, params.b_k, masked)
+    v = _project(memory, params.w_v, params.b_v, masked)
     if rotate is not None:
         k = rotate(k, _with_heads(positions, memory.shape[-2]))
-    if spoilt is not None:
-        k = jnp.where(spoilt[..., None, :, :], jnp.nan, k)
     return KeysValues(k, v)
 
 
@@ -274,6 +270,7 @@ def apply_to(
     positions: Array | None = None,
     start: ArrayLike = 0,
     keys: Tokens | None = None,
+    cached: bool = False,
     rotate: Callable[[Array, Array], Array] | None = None,
     gates: Array | None = None,
     dropout_rate: float = 0.0,
@@ -286,6 +283,7 @@ def apply_to(
       answers: from `keys_values`, or a cache's.
       start: index of the first query, where a mask looks it up; the length of a cache.
       keys: indices and positions of the S keys; 0, 1, 2, … if None.
+      cached: as in `kernels.attend`.
       params, x, config, and the others: as in `apply_captured`.
 
     Returns:
@@ -304,51 +302,50 @@ def apply_to(
     checks.dropped(dropout_rate, dropout_key)
     checks.captures(capture, CAPTURES)
     queries = tokens(x.shape[-2], positions)._replace(start=start)
-    params = jax.tree.map(lambda w: w.astype(x.dtype), params)
-    asking, spoilt = (x, None) if mask is None and bias is None else _sound(x)
-    q = _project(asking, params.w_q, params.b_q)
+    params = jax.tree.map(lambda w: jnp.asarray(w, x.dtype), params)
+    masked = mask is not None or bias is not None
+    q = _project(x, params.w_q, params.b_q, masked)
     if rotate is not None:
         q = rotate(q, _with_heads(positions, x.shape[-2]))
-    if spoilt is not None:
-        q = jnp.where(spoilt[..., None, :, :], jnp.nan, q)
     heads, captured = kernels.attend(
         q, answers.k, answers.v,
         mask=mask, bias=bias, score=score, kernel=kernel, queries=queries,
-        keys=tokens(answers.k.shape[-2]) if keys is None else keys,
+        keys=tokens(answers.k.shape[-2]) if keys is None else keys, cached=cached,
         dropout_rate=dropout_rate, dropout_key=dropout_key,
         capture=tuple(name for name in capture if name in kernels.CAPTURES),
     )  # fmt: skip
     heads = heads.astype(x.dtype)
-    if spoilt is not None:  # rows that are not finite are marked after w_o, lest they reach its gradient
-        heads, spoilt = _sound(heads)
     if gates is not None:
-        heads = heads * gates[..., None, None].astype(heads.dtype)
-    out = jnp.einsum("...nth,nhd->...td", heads, params.w_o)
+        times = kernels.finite.guarded(jnp.multiply) if masked else jnp.multiply
+        heads = times(heads, gates[..., None, None].astype(heads.dtype))
+    concatenated = jnp.swapaxes(heads, -3, -2).reshape(*x.shape[:-1], math.prod(params.w_o.shape[:2]))  # [..., T, N·Hv]
+    combine = _guarded_matmul if masked else jnp.matmul
+    out = combine(concatenated, params.w_o.reshape(-1, config.d_model))
     if params.b_o is not None:
         out = out + params.b_o
-    if spoilt is not None:
-        out = out + jnp.where(jnp.any(spoilt, axis=-3), jnp.nan, 0).astype(out.dtype)
-    shown = lambda a: a if spoilt is None else jnp.where(spoilt, jnp.nan, a)  # noqa: E731
     on_the_way = {
         "queries": lambda: q,
         "keys": lambda: answers.k,
         "values": lambda: answers.v,
-        "heads": lambda: shown(heads),
-        "contributions": lambda: shown(jnp.einsum("...nth,nhd->...ntd", heads, params.w_o)),
+        "heads": lambda: heads,
+        "contributions": lambda: jnp.einsum("...nth,nhd->...ntd", heads, params.w_o),
     }
     return out, {name: captured[name] if name in captured else on_the_way[name]() for name in capture}
 
 
-def _project(x: Array, weights: Array, bias: Array | None) -> Array:
+_guarded_matmul = kernels.finite.guarded(jnp.matmul)
+
+
+def _project(x: Array, weights: Array, bias: Array | None, masked: bool) -> Array:
     """One head's linear map, x [..., T, D] by [D, H], for every head of `weights` [N, D, H]: [..., N, T, H]."""
-    one_head = lambda w, b: x @ w if b is None else x @ w + b  # noqa: E731
-    return jax.vmap(one_head, in_axes=(0, None if bias is None else 0), out_axes=-3)(weights, bias)
-
-
-def _sound(x: Array) -> tuple[Array, Array]:
-    """x with tokens that are not finite set to 0, and which they are, bool [..., T, 1]."""
-    spoilt = ~jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
-    return jnp.where(spoilt, 0, x), spoilt
+    product = _guarded_matmul if masked else jnp.matmul
+    one_head = lambda x, w, b: product(x, w) if b is None else product(x, w) + b  # noqa: E731
+    # XLA merges the heads into one product, for which it transposes the weights. For few tokens that is most of the
+    # work, so there every head gets its own x, which keeps the products apart.
+    few = math.prod(x.shape[:-1]) <= 32
+    given = jnp.broadcast_to(x, (weights.shape[0], *x.shape)) if few else x
+    axes = (0 if few else None, 0, None if bias is None else 0)
+    return jax.vmap(one_head, in_axes=axes, out_axes=-3)(given, weights, bias)
 
 
 def _with_heads(positions: Array | None, length: int) -> Array:

@@ -7,6 +7,15 @@ import jax.numpy as jnp
 from jax import Array
 
 
+def narrow(weights: Array, values: Array) -> Array:
+    """Attention weights or their gradients in the dtype in which they meet the values.
+
+    That is the values' own on accelerators, whose matrix units want equal factors. A CPU widens half precision anyway,
+    and rounding before would cost accuracy for nothing.
+    """
+    return weights if jax.default_backend() == "cpu" else weights.astype(values.dtype)
+
+
 def einsum(equation: str, a: Array, b: Array) -> Array:
     """`jnp.einsum` of two arrays, summed and returned in float32 (float64 for float64).
 

@@ -69,7 +69,8 @@ def attend(
         static, *grid.lay_out(static, q, k, v, mask, bias, constants, queries, keys, dropout_key)
     )  # fmt: skip
     shape = (*leading, num_heads)
-    return heads[:, :length].reshape(*shape, length, -1), log_sums[:, :length].reshape(*shape, length)
+    heads = heads[:, :length].astype(v.dtype).reshape(*shape, length, v.shape[-1])
+    return heads, log_sums[:, :length].reshape(*shape, length)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -78,7 +79,7 @@ def _attend(static: Static, operands: Operands, context: Context) -> tuple[Array
 
 
 def _forward(static: Static, operands: Operands, context: Context) -> tuple:
-    """[B·N, T, Hv] and log-sum-exp [B·N, T]; both NaN for queries that see something that is not finite."""
+    """[B·N, T, Hv] and log-sum-exp [B·N, T], wide; both NaN for queries that see something that is not finite."""
     items, rows, columns = static.tiling
     wide = jnp.promote_types(operands.q.dtype, jnp.float32)
 
@@ -109,7 +110,7 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple:
                 total = jnp.sum(weights, axis=-1)
                 if static.dropout_rate:
                     weights = jnp.where(grid.kept(static, context, tile), weights * (1 / (1 - static.dropout_rate)), 0)
-                out = precision.einsum("cts,csh->cth", weights.astype(v.dtype), v)
+                out = precision.einsum("cts,csh->cth", precision.narrow(weights, v), v)
                 if state is not None:
                     shrink = jnp.exp(state[1] - safe)
                     out, total = out + state[0] * shrink[..., None], total + state[2] * shrink
@@ -123,7 +124,7 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple:
             nothing = total == 0
             total = jnp.where(nothing, 1, total)
             log_sum = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
-            return (out / total[..., None]).astype(operands.v.dtype), log_sum
+            return out / total[..., None], log_sum
 
         out, log_sum = grid.times(one_row, operands.q.shape[1] // rows)  # [t_tiles, c, rows, …]
         return _joined(out), _joined(log_sum)
@@ -140,7 +141,7 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple[Operands
     items, rows, columns = static.tiling
     wide = jnp.promote_types(operands.q.dtype, jnp.float32)
     # The gradient of a weight's logit is weight · (its own gradient - delta).
-    delta = jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1) - d_log_sums
+    delta = jnp.sum(out * d_out, axis=-1) - d_log_sums
     if static.guarded:  # a query that sees nothing has no weights either way; one that is spoilt passes no gradient
         spoilt = jnp.isnan(log_sums)
         log_sums = jnp.where(spoilt, jnp.inf, jnp.where(log_sums == -jnp.inf, 0, log_sums))
@@ -181,7 +182,7 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple[Operands
                     d_constants = jax.tree.map(jnp.add, d_constants, more)
                 if d_bias is not None:
                     d_bias = grid.add_to_bias(static, d_bias, d_logits, tile)
-                d_raw, kept_weights = d_raw.astype(k.dtype), kept_weights.astype(v.dtype)
+                d_raw, kept_weights = precision.narrow(d_raw, k), precision.narrow(kept_weights, v)
                 d_q = d_q + precision.einsum("cts,csh->cth", d_raw, k)
                 d_k = _add(d_k, precision.einsum("cht,cts->chs", turned[0], d_raw), tile.column * columns)
                 d_v = _add(d_v, precision.einsum("cht,cts->chs", turned[1], kept_weights), tile.column * columns)

@@ -146,7 +146,7 @@ def attend_head(
     if nothing is not None:
         total = jnp.where(nothing, 1, total)
     kept_weights = weights if kept is None else jnp.where(kept, weights * (1 / (1 - dropout_rate)), 0)
-    out = precision.einsum("ts,sh->th", kept_weights.astype(v.dtype), v) / total
+    out = precision.einsum("ts,sh->th", precision.narrow(kept_weights, v), v) / total
 
     def log_sum_exp() -> Array:
         log_sums = top + jnp.log(total)

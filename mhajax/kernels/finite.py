@@ -6,6 +6,7 @@ Bad entries are taken out before a kernel runs, and what they spoil is marked af
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,23 @@ class Spoilt(NamedTuple):
 
     queries: Array  # bool [..., N, T]
     keys: Array  # bool [..., N, S], of the key or the value
+
+
+def guarded(product: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """A product of activations and weights, in whose derivative activations that are not finite count as 0.
+
+    A token that nobody may see has a cotangent of 0, and 0 times NaN would be a gradient of NaN for the weights.
+    """
+    guarded = jax.custom_jvp(product)
+
+    @guarded.defjvp
+    def derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+        (x, w), (d_x, d_w) = primals, tangents
+        return product(x, w), product(d_x, w) + product(jnp.where(jnp.isfinite(x), x, 0), d_w)
+
+    # JAX's custom derivatives refuse NumPy arrays, and `vmap` may hide one in x or w: any operation makes it JAX's.
+    own = lambda a: jnp.squeeze(jnp.expand_dims(a, 0), 0)  # noqa: E731
+    return lambda x, w: guarded(own(x), own(w))
 
 
 def heal(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array, Spoilt]:

@@ -146,6 +146,7 @@ class Chunk(NamedTuple):
 
 
 def chunk_of(static: Static, operands: Operands, index: Array) -> Chunk:
+    """The chunk with this number; heads of a group share their keys and values."""
     items = static.tiling.items
     flat = index * items + jnp.arange(items)
     group = operands.q.shape[0] // operands.k.shape[0]
@@ -194,6 +195,7 @@ def visit(context: Context, chunk: Chunk, row: Array, body: Callable[[Tile, Any]
 
 
 def cut(array: Array, axis: int, index: Array, size: int) -> Array:
+    """The block with this number, of `size` entries along an axis."""
     return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
 
