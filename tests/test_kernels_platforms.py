@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mhajax import kernels, masks, scores
-from mhajax.kernels import cudnn, guard, ring
+from mhajax.kernels import choice, cudnn, guard, ring
 from mhajax.masks import Tokens, tokens
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +112,20 @@ def test_splash_keeps_nan_where_it_is_seen(by_splash, by_dense):
     assert np.any(np.isnan(got)) and not np.all(np.isnan(got[0, :2]))
 
 
+@pytest.mark.slow
+def test_asking_splash_for_log_sums_changes_no_bit_of_the_heads(everything, quick_compiles):
+    """Splash gives none that have gradients, so the blockwise path is asked beside it."""
+    given = heads_of()
+
+    def look(path, capture):
+        options = {"queries": tokens(T), "keys": tokens(S), "mask": everything, "kernel": path, "capture": capture}
+        return jax.jit(lambda q, k, v: kernels.attend(q, k, v, **options))(*given)
+
+    (heads, seen), (plain, _) = look("splash", ("log_sum_exp",)), look("splash", ())
+    np.testing.assert_array_equal(heads, plain)
+    np.testing.assert_allclose(seen["log_sum_exp"], look("dense", ("log_sum_exp",))[1]["log_sum_exp"], rtol=2e-6)
+
+
 def test_segments_are_told_apart_whatever_their_numbers():
     """Renumbering neither overflows nor confuses a key of an unknown segment with another."""
     from mhajax.kernels import splash
@@ -201,12 +215,12 @@ def test_what_a_path_cannot_do_goes_to_another(name):
     """And asking for it by name is an error that says why, and who can."""
     platform, asked, reason = REFUSED[name]
     path = {"gpu": "cudnn", "tpu": "splash"}[platform]
-    choice = explain(platform, **asked)
-    assert choice.kernel == ("dense" if "cached" in asked else "blockwise")
-    assert reason in choice.others[path] and f"not {path}: " in str(choice)
+    picked = explain(platform, **asked)
+    assert picked.kernel == ("dense" if "cached" in asked else "blockwise")
+    assert reason in picked.others[path] and f"not {path}: " in str(picked)
     with pytest.raises(ValueError) as caught:
         explain(platform, kernel=path, **asked)
-    assert reason in str(caught.value) and choice.kernel in str(caught.value)
+    assert reason in str(caught.value) and picked.kernel in str(caught.value)
 
 
 def test_a_traced_window_is_refused():
@@ -302,7 +316,15 @@ def ring_results():
             worst = max(worst, float(np.nanmax(np.abs(a - b)) / max(np.nanmax(np.abs(b)), 1e-9)))
         return worst
 
+    inside = []
+    jax.eval_shape(
+        jax.shard_map(
+            lambda q: inside.append(choice.spread()) or q, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False
+        ),
+        jnp.zeros((1, 1, t, H)),
+    )
     return {
+        "partitioned": [choice.spread(), *inside],
         "no mask, float32": errors(None, "dense", score=False, dtype=np.float32),
         "no mask, blockwise parts": errors(None, "blockwise"),
         "causal": errors(masks.causal(), "auto"),
@@ -324,6 +346,18 @@ def on_the_ring():
 def test_the_ring_equals_dense_forward_and_backward(name, on_the_ring):
     most = 2e-6 if "float32" in name else 1e-12
     assert isinstance(on_the_ring[name], float) and on_the_ring[name] < most, on_the_ring[name]
+
+
+def test_only_outside_of_shard_map_the_compiler_may_partition(on_the_ring):
+    """Where it may, splash attention is not picked."""
+    assert on_the_ring["partitioned"] == [True, False]
+    heads = jax.ShapeDtypeStruct((1, 8, 4096, 64), jnp.bfloat16)
+    whole = tokens(4096)
+    given = {"bias": False, "score": False, "dropout": False, "log_sum_exp": False, "cached": False}
+    request = choice.Request("tpu", heads, heads, heads, None, whole, whole, **given, spread=True)
+    picked = choice.choose(request)
+    assert picked.kernel == "blockwise" and "shard_map" in picked.others["splash"]
+    assert choice.choose(request, "splash").kernel == "splash"
 
 
 def test_the_ring_takes_dense_or_blockwise_parts_only():
