@@ -20,7 +20,7 @@ from mhajax import cache as caches
 from mhajax.attention import KeysValues
 from mhajax.cache import Cache
 from mhajax.dropout import check_rate, dropout
-from mhajax.masks import Mask, tokens
+from mhajax.masks import Mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,7 @@ def run(
     rotate: Callable[[Array, Array], Array] | None = None,
     gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
     cache: Cache | None = None,
+    real: Array | None = None,
     capture: Sequence[str] = (),
     dropout_key: Array | None = None,
 ) -> tuple[Array, Cache | None, Seen]:
@@ -117,8 +118,8 @@ def run(
       positions: [T] or [..., T].
       rotate: for queries and keys of the attention to x; a memory is not rotated.
       gates: factors of the heads' outputs.
-      cache: keys and values of earlier tokens; x is appended and attends to all of it. Its mask must hide the slots
-        that are still empty, as `masks.causal()` does.
+      cache: keys and values of earlier tokens; x is appended and attends to all of it. It knows the positions.
+      real: bool [..., T], False for padding that the cache shall not keep; as in `cache.extend`.
       capture: names of `attention.CAPTURES`.
       dropout_key: PRNG key; None is evaluation.
 
@@ -130,23 +131,23 @@ def run(
             f"block.apply: memory is {'missing' if memory is None else 'given'}, but params have "
             f"{'no ' if params.cross is None else ''}cross attention; init_params(…, cross=True) makes it."
         )
+    if (cache is not None and positions is not None) or (cache is None and real is not None):
+        raise ValueError(
+            "block.apply: positions are for calls without a cache, which has its own, and real for calls with one; got "
+            f"{'positions and a cache' if real is None else 'real without a cache'}."
+        )
     keys = [None] * 5 if dropout_key is None else jax.random.split(dropout_key, 5)
     weights_rate = 0.0 if dropout_key is None else config.attention_dropout
 
     y = norm.apply(params.attention_norm, x)
-    answers = attention.keys_values(
-        params.attention, y, config, positions=positions, rotate=rotate, masked=mask is not None
-    )
-    places, start = tokens(x.shape[-2], positions), 0
-    if cache is not None:
-        start = cache.length
-        cache = caches.append(cache, answers)
-        answers, places = KeysValues(cache.k, cache.v), tokens(cache.capacity)
-    y, seen = attention.apply_to(
-        params.attention, y, answers, config,
-        mask=mask, positions=positions, start=start, keys=places, rotate=rotate, gates=gates.attention,
-        dropout_rate=weights_rate, dropout_key=keys[0], capture=capture,
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "mask": mask, "rotate": rotate, "gates": gates.attention,
+        "dropout_rate": weights_rate, "dropout_key": keys[0], "capture": capture,
+    }  # fmt: skip
+    if cache is None:
+        y, seen = attention.apply_captured(params.attention, y, config, positions=positions, **given)
+    else:
+        y, cache, seen = caches.extend(params.attention, y, cache, config, real=real, **given)
     x = x + dropout(y, config.dropout, keys[1])
 
     seen_across = {}

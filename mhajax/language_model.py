@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mhajax import cache as caches
 from mhajax import embedding, masks, transformer
 from mhajax.block import Gates, Seen
-from mhajax.cache import Cache
 from mhajax.dropout import dropout
+from mhajax.transformer import Caches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +95,26 @@ def features(
     return run(params, tokens, config, **options)[0]
 
 
-def init_cache(leading: tuple[int, ...], capacity: int, config: Config, dtype=jnp.float32) -> Cache:
-    """Room for `capacity` tokens in every layer; dtype is best that of the parameters."""
-    return transformer.init_cache(leading, capacity, config, dtype)
+def init_cache(
+    leading: tuple[int, ...], capacity: int, config: Config, dtype: Any = jnp.float32, *, rolling: bool = False
+) -> Caches:
+    """Room for `capacity` tokens in every layer; dtype is best that of the parameters. `rolling` as in `cache.init`."""
+    return transformer.init_cache(leading, capacity, config, dtype, rolling=rolling)
 
 
-def extend(params: Params, tokens: Array, cache: Cache, config: Config, **options: Any) -> tuple[Array, Cache]:
+def extend(params: Params, tokens: Array, cache: Caches, config: Config, **options: Any) -> tuple[Array, Caches]:
     """Logits [..., t, V] of t more tokens [..., t] after those in the cache, and the cache with them.
 
-    Prompt and single tokens are the same call; the logits equal those of `apply` on the whole text.
+    Prompt and single tokens are the same call; the logits equal those of `apply` on the whole text (with
+    `masks.window(capacity - 1)` if the cache is rolling).
+
+    Args:
+      params, tokens, config: as in `apply`.
+      cache: from `init_cache`, or of the last call.
+      **options: mask and gates as in `apply`; real, bool [..., t], False for padding, as in `cache.extend`: prompts of
+        different lengths, rows that stand still.
     """
-    positions = cache.length[0] + jnp.arange(tokens.shape[-1])
-    x, cache, _ = run(params, tokens, config, cache=cache, positions=positions, **options)
+    x, cache, _ = run(params, tokens, config, cache=cache, **options)
     return embedding.logits(params.embedding, x), cache
 
 
@@ -118,15 +127,21 @@ def run(
     positions: Array | None = None,
     gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
     dropout_key: Array | None = None,
+    cache: Caches | None = None,
+    real: Array | None = None,
     **options: Any,
 ) -> tuple[Array, Any, Seen]:
     """Features, cache and captured arrays; `apply`, `apply_captured`, `features` and `extend` are views of it."""
     key_embedding, key_stack = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    places = jnp.arange(tokens.shape[-1]) if positions is None else positions
+    if cache is not None:
+        places = caches.positions(cache[0], tokens.shape[-1], real)
+    else:
+        places = positions = jnp.arange(tokens.shape[-1]) if positions is None else positions
     x = dropout(embedding.embed(params.embedding, tokens, places, config.positions), config.dropout, key_embedding)
     causal = masks.causal()
     return transformer.run(
         params.stack, x, config,
-        mask=causal if mask is None else causal & mask, positions=places, rotate=embedding.rotation(config.positions),
-        gates=gates, dropout_key=key_stack, **options,
+        mask=causal if mask is None else causal & mask, positions=positions,
+        rotate=embedding.rotation(config.positions), gates=gates, dropout_key=key_stack, cache=cache, real=real,
+        **options,
     )  # fmt: skip

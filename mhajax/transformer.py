@@ -1,9 +1,13 @@
-"""A stack of layers, scanned: the parameters of all layers are one pytree with a leading axis L, compiled once."""
+"""A stack of layers, scanned: the parameters of all layers are one pytree with a leading axis L, compiled once.
+
+With a cache the layers are unrolled, and each has a cache of its own: a scan would copy all of them at every token.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +19,8 @@ from mhajax import cache as caches
 from mhajax.attention import KeysValues
 from mhajax.block import Gates, Seen
 from mhajax.cache import Cache
+
+Caches = tuple[Cache, ...]  # of all layers
 
 
 class Params(NamedTuple):
@@ -51,15 +57,16 @@ def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
     return Params(layers, norm.init_params(config.d_model, config.norm))
 
 
-def init_cache(leading: tuple[int, ...], capacity: int, config: Config, dtype=jnp.float32) -> Cache:
-    """Empty caches of all layers, every leaf [L, ...]."""
-    one = caches.init(leading, capacity, config, dtype)
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, (config.num_layers, *a.shape)), one)
+def init_cache(
+    leading: tuple[int, ...], capacity: int, config: Config, dtype: Any = jnp.float32, *, rolling: bool = False
+) -> Caches:
+    """Empty caches, one for every layer; arguments as in `cache.init`."""
+    return tuple(caches.init(leading, capacity, config, dtype, rolling=rolling) for _ in range(config.num_layers))
 
 
-def select(cache: Cache, rows: Array) -> Cache:
+def select(cache: Caches, rows: Array) -> Caches:
     """The caches of these rows of the batch, in this order; rows may repeat. For inputs [B, T, D]."""
-    return Cache(cache.k[:, rows], cache.v[:, rows], cache.length)
+    return tuple(caches.select(one, rows) for one in cache)
 
 
 def keys_values(params: Params, memory: Array, config: attention.Config, *, masked: bool = True) -> KeysValues:
@@ -84,10 +91,10 @@ def run(
     *,
     memory: Array | KeysValues | None = None,
     gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
-    cache: Cache | None = None,
+    cache: Caches | None = None,
     dropout_key: Array | None = None,
     **options: Any,
-) -> tuple[Array, Cache | None, Seen]:
+) -> tuple[Array, Caches | None, Seen]:
     """All layers, with their new caches and what was captured.
 
     Args:
@@ -98,14 +105,13 @@ def run(
       gates: [L, N] or [L, ..., N].
       cache: from `init_cache`.
       dropout_key: PRNG key; None is evaluation.
-      **options: mask, memory_mask, positions, rotate and capture as in `block.run`.
+      **options: mask, memory_mask, positions, rotate, real and capture as in `block.run`.
 
     Returns:
-      [..., T, D], the caches [L, ...] (None without), and the captured arrays [L, ...].
+      [..., T, D], the caches of the layers (None without), and the captured arrays [L, ...].
     """
-    if cache is not None:
-        caches.check_room(cache, x.shape[-2])
-    stacked = {leaf.shape[0] for leaf in jax.tree.leaves((params.layers, gates, cache))}
+    stacked = {leaf.shape[0] for leaf in jax.tree.leaves((params.layers, gates))}
+    stacked |= set() if cache is None else {len(cache)}
     if stacked != {config.num_layers}:
         raise ValueError(
             f"transformer.run: params, gates and cache must be stacked for num_layers={config.num_layers}, "
@@ -114,14 +120,21 @@ def run(
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
     projected = memory if isinstance(memory, KeysValues) else None
 
-    def one_layer(x: Array, layer: tuple) -> tuple[Array, tuple]:
-        params, key, gates, cache, answers = layer
+    def one_layer(x: Array, layer: tuple, cache: Cache | None = None) -> tuple[Array, tuple[Cache | None, Seen]]:
+        params, key, gates, answers = layer
         x, cache, seen = block.run(
             params, x, config,
             memory=memory if answers is None else answers, gates=gates, cache=cache, dropout_key=key, **options,
         )  # fmt: skip
         return x, (cache, seen)
 
-    layers = (params.layers, keys, gates, cache, projected)
-    x, (cache, seen) = jax.lax.scan(one_layer, x, layers, unroll=min(config.unroll, config.num_layers))
+    layers = (params.layers, keys, gates, projected)
+    if cache is None:
+        x, (_, seen) = jax.lax.scan(one_layer, x, layers, unroll=min(config.unroll, config.num_layers))
+    else:
+        found = []
+        for index, before in enumerate(cache):
+            x, after = one_layer(x, jax.tree.map(itemgetter(index), layers), before)
+            found.append(after)
+        cache, seen = tuple(after for after, _ in found), jax.tree.map(lambda *a: jnp.stack(a), *(s for _, s in found))
     return norm.apply(params.norm, x), cache, seen

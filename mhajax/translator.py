@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import block, embedding, masks, transformer
+from mhajax import cache as caches
 from mhajax.attention import KeysValues
-from mhajax.cache import Cache
 from mhajax.dropout import dropout
+from mhajax.transformer import Caches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class Seen(NamedTuple):
 class State(NamedTuple):
     """A translation under way: what the decoder has written, and what it can read."""
 
-    written: Cache  # [L, ...]
+    written: Caches  # of the decoder's layers
     source: KeysValues  # [L, ...]
     source_lengths: Array | None  # [...]
 
@@ -167,15 +168,16 @@ def begin(
 def extend(
     params: Params, target: Array, state: State, config: Config, *,
     gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+    real: Array | None = None,
 ) -> tuple[Array, State]:  # fmt: skip
     """Logits [..., t, V] of t more target tokens [..., t], and the translation with them.
 
-    The logits equal those of `apply` on the whole target.
+    The logits equal those of `apply` on the whole target. `real` is bool [..., t], False for padding, as in
+    `cache.extend`.
     """
-    positions = state.written.length[0] + jnp.arange(target.shape[-1])
     x, written, _ = _decode(
         params, target, state.source, config,
-        source_lengths=state.source_lengths, positions=positions, cache=state.written, gates=gates,
+        source_lengths=state.source_lengths, cache=state.written, real=real, gates=gates,
     )  # fmt: skip
     return embedding.logits(params.embedding, x), state._replace(written=written)
 
@@ -214,15 +216,16 @@ def _encode(params, source, config, *, source_lengths, gates, dropout_key=None, 
 
 
 def _decode(
-    params, target, memory, config, *, source_lengths, gates, positions=None, cache=None, dropout_key=None, capture=()
+    params, target, memory, config, *, source_lengths, gates, cache=None, real=None, dropout_key=None, capture=()
 ):
-    positions = jnp.arange(target.shape[-1]) if positions is None else positions
-    x, key = _embed(params, target, positions, config, dropout_key)
+    positions = jnp.arange(target.shape[-1]) if cache is None else None
+    places = positions if cache is None else caches.positions(cache[0], target.shape[-1], real)
+    x, key = _embed(params, target, places, config, dropout_key)
     return transformer.run(
         params.decoder, x, config.decoder,
         memory=memory, mask=masks.causal(), memory_mask=_real(source_lengths), positions=positions,
         rotate=embedding.rotation(config.positions), gates=block.Gates(gates.decoder, gates.cross),
-        cache=cache, dropout_key=key, capture=capture,
+        cache=cache, real=real, dropout_key=key, capture=capture,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The cache: the same numbers as without it, token by token and in chunks."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from reference import numbers, random_params
 
-from mhajax import attention, block, cache, language_model, masks, transformer, translator
+from mhajax import attention, block, cache, language_model, masks, positions, scores, transformer, translator
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -63,8 +64,8 @@ def test_a_language_model_extends_to_what_it_gives_at_once(lm, sizes):
     expected = apply_lm(lm, TOKENS)
     got, state = in_chunks(lambda t, s: extend_lm(lm, t, s, config=LM), language_model.init_cache((B,), 9, LM), sizes)
     close(got, expected)
-    assert state.length.tolist() == [T, T] and state.k.shape == (2, B, 3, 9, 4) and state.v.shape == (2, B, 3, 9, 5)
-    assert np.all(np.asarray(state.k)[..., T:, :] == 0)
+    assert state[1].length == T and state[1].k.shape == (B, 3, 9, 4) and state[1].v.shape == (B, 3, 9, 5)
+    assert np.all(np.asarray(state[1].k)[..., T:, :] == 0)
 
 
 @pytest.mark.parametrize("sizes", [[1] * T, [3, 3, 1]], ids=["token by token", "in chunks"])
@@ -73,7 +74,7 @@ def test_a_translator_extends_to_what_it_gives_at_once(mt, sizes):
     state = begin_mt(mt, SOURCE, source_lengths=LENGTHS)
     got, state = in_chunks(lambda t, s: extend_mt(mt, t, s, config=MT), state, sizes)
     close(got, expected)
-    assert state.written.length.tolist() == [T, T]
+    assert [one.length for one in state.written] == [T, T]
 
 
 def test_gates_and_masks_are_those_of_the_whole_text(lm):
@@ -156,4 +157,247 @@ def test_rows_can_be_selected(mt):
     expected, _ = extend_mt(mt, TOKENS[:, 3:4], state, config=MT)
     got, _ = extend_mt(mt, TOKENS[rows, 3:4], translator.select(state, rows), config=MT)
     close(got, expected[rows])
-    assert transformer.select(state.written, rows).length.tolist() == [3, 3]
+    assert [one.length for one in transformer.select(state.written, rows)] == [3, 3]
+
+
+# One attention: x [R, M, D], rows that may be at different places.
+R, M, CAPACITY, WIDTH = 3, 17, 19, 5
+ONE = attention.Config(d_model=12, num_heads=6, num_kv_heads=3, head_dim=4, value_dim=7, use_bias=True)
+WEIGHTS = jax.tree.map(jnp.asarray, random_params(attention.init_params, ONE))
+X = numbers(7, R, M, 12)
+CAUSAL: Any = {"mask": masks.causal(), "rotate": positions.rotary, "score": scores.alibi(6)}
+ROLLING: Any = CAUSAL | {"mask": masks.causal() & masks.window(WIDTH - 1)}
+whole = jax.jit(lambda x: attention.apply(WEIGHTS, x, ONE, **CAUSAL))
+whole_window = jax.jit(lambda x: attention.apply(WEIGHTS, x, ONE, **ROLLING))
+extend_one = jax.jit(lambda x, state, real=None: cache.extend(WEIGHTS, x, state, ONE, real=real, **CAUSAL)[:2])
+
+
+def ragged(seed, most):
+    """Chunks of at most so many tokens, and which of them are real, until every row has all of its M tokens."""
+    random = np.random.default_rng(seed)
+    done = np.zeros(R, int)
+    while np.any(done < M):
+        real = (random.random((R, random.choice([1, most]))) < [[0.9], [0.6], [0.3]]) & (done[:, None] < M)
+        real &= done[:, None] + np.cumsum(real, axis=1) <= M
+        x = np.full((*real.shape, 12), np.nan, np.float32)  # padding must not matter
+        for row in range(R):
+            x[row, real[row]] = X[row, done[row] : done[row] + real[row].sum()]
+        done += real.sum(axis=1)
+        yield x, real
+
+
+@pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_at_different_places(rolling, seed):
+    state = cache.init((R,), WIDTH if rolling else CAPACITY, ONE, rolling=rolling)
+    state = dataclasses.replace(state, length=jnp.zeros(R, jnp.int32))
+    rows = [[], [], []]
+    for x, real in ragged(seed, most=7 if rolling else 4):
+        out, state = extend_one(x, state, real)
+        for row in range(R):
+            rows[row].append(out[row, real[row]])
+    close(np.stack([np.concatenate(row) for row in rows]), (whole_window if rolling else whole)(X))
+    assert state.length.tolist() == [M] * R
+
+
+@pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
+@pytest.mark.parametrize("sizes", [[1] * M, [1, 4, 1, 7, 4], [M]], ids=["token by token", "in chunks", "at once"])
+def test_rows_at_the_same_place(rolling, sizes):
+    """A rolling cache holds 5 tokens, and still takes 7 or 17 at a time."""
+    state = cache.init((R,), WIDTH if rolling else CAPACITY, ONE, rolling=rolling)
+    out = []
+    for piece in np.split(X, np.cumsum(sizes)[:-1], axis=1):
+        y, state = extend_one(piece, state)
+        out.append(y)
+    close(np.concatenate(out, axis=1), (whole_window if rolling else whole)(X))
+    assert state.length.shape == () and state.length == M
+
+
+def test_positions_of_the_slots():
+    state = dataclasses.replace(cache.init((4,), 5, ONE, rolling=True), length=jnp.array([0, 3, 5, 12]))
+    nowhere = 2**30
+    expected = [[nowhere] * 5, [0, 1, 2, nowhere, nowhere], [0, 1, 2, 3, 4], [10, 11, 7, 8, 9]]
+    np.testing.assert_array_equal(state.positions, expected)
+
+
+def test_a_long_chunk_goes_the_way_of_any_attention():
+    """33 tokens and more are not held against all keys at once."""
+    x = numbers(8, 2, 37, 12)
+    state = dataclasses.replace(cache.init((2,), 41, ONE), length=jnp.zeros(2, jnp.int32))
+    first, state = extend_one(x[:, :4], state)
+    rest, _ = extend_one(x[:, 4:], state)
+    close(np.concatenate([first, rest], axis=1), whole(x))
+
+
+def test_a_row_begins_anew():
+    _, state = extend_one(X[:, :7], cache.init((R,), CAPACITY, ONE))
+    state = dataclasses.replace(state, length=state.length * jnp.array([1, 0, 1]))
+    x = np.stack([X[0, 7:11], X[1, :4], X[2, 7:11]])
+    out, state = extend_one(x, state)
+    expected = whole(X)
+    close(out, np.stack([expected[0, 7:11], expected[1, :4], expected[2, 7:11]]))
+    assert state.length.tolist() == [11, 4, 11]
+
+
+@pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
+def test_loops_and_vmap(rolling):
+    """In a while_loop, in a scan, and with one cache for every row under vmap."""
+    empty = cache.init((R,), WIDTH if rolling else CAPACITY, ONE, rolling=rolling)
+    expected = (whole_window if rolling else whole)(X)
+    steps = jnp.asarray(np.swapaxes(X, 0, 1)[:, :, None])
+
+    def one(state, x):
+        out, state = extend_one(x, state)
+        return state, out[:, 0]
+
+    def unfinished(carry: tuple):
+        return carry[0] < M
+
+    def body(carry):
+        i, state, out = carry
+        state, y = one(state, steps[i])
+        return i + 1, state, out.at[:, i].set(y)
+
+    _, scanned = jax.jit(partial(jax.lax.scan, one))(empty, steps)
+    close(jnp.swapaxes(scanned, 0, 1), expected)
+    loop = jax.jit(partial(jax.lax.while_loop, unfinished, body))
+    _, _, looped = loop((jnp.int32(0), empty, jnp.zeros_like(expected)))
+    close(looped, expected)
+    apart = jax.tree.map(
+        lambda a: jnp.broadcast_to(a, (R, *a.shape)), cache.init((), empty.capacity, ONE, rolling=rolling)
+    )
+    mapped = jax.jit(jax.vmap(extend_one))
+    first, apart = mapped(X[:, :7], apart)
+    close(np.concatenate([first, mapped(X[:, 7:], apart)[0]], axis=1), expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
+def test_a_token_that_is_not_finite_spoils_those_who_see_it(bad, rolling):
+    x = X.copy()
+    x[1, 3, 5] = bad
+    state = cache.init((R,), WIDTH if rolling else CAPACITY, ONE, rolling=rolling)
+    out = []
+    for piece in np.split(x, [1, 2, 6, 7], axis=1):
+        y, state = extend_one(piece, state)
+        out.append(y)
+    out, expected = np.concatenate(out, axis=1), np.array((whole_window if rolling else whole)(X))
+    spoilt = slice(3, 3 + WIDTH if rolling else M)
+    assert np.all(np.isnan(out[1, spoilt]))
+    out[1, spoilt] = expected[1, spoilt] = 0
+    close(out, expected)
+    assert np.all(np.isfinite(state.v))
+
+
+def test_what_is_not_finite_is_taken_out_when_it_is_written():
+    """Per head: a value that overflowed in one head is no matter of the others."""
+    values = numbers(2, 3, 2, 7)
+    values[1, 0, 6] = np.inf
+    new = attention.KeysValues(numbers(1, 3, 2, 4), values)
+    state = cache.append(cache.init((), 2, ONE), new)
+    bad = np.array([[False, False], [True, False], [False, False]])[..., None]
+    np.testing.assert_array_equal(state.k, np.where(bad, np.nan, new.k))
+    np.testing.assert_array_equal(state.v, np.where(bad, 0, new.v))
+
+
+def test_half_precision_in_a_cache():
+    state = cache.init((R,), CAPACITY, ONE, jnp.bfloat16)
+    out, state = extend_one(X.astype(jnp.bfloat16), state)
+    assert out.dtype == jnp.bfloat16 and state.k.dtype == jnp.bfloat16
+    exact, naive = whole(X), np.asarray(whole(X.astype(jnp.bfloat16)), np.float32)
+    assert np.max(np.abs(np.asarray(out, np.float32) - exact)) <= 2 * np.max(np.abs(naive - exact))
+
+
+def test_an_overflow_of_one_row():
+    state = dataclasses.replace(cache.init((R,), 5, ONE), length=jnp.array([0, 4, 2]))
+    with pytest.raises(ValueError, match="4 more tokens must fit, got a cache of capacity 5 that holds 4"):
+        cache.extend(WEIGHTS, X[:, :4], state, ONE, **CAUSAL)
+    out, state = extend_one(X[:, :3], state)
+    assert np.isnan(out).all(axis=(1, 2)).tolist() == [False, True, False]
+    near = jax.jit(lambda x, state: cache.extend(WEIGHTS, x, state, ONE, mask=masks.window(0))[:2])
+    state = dataclasses.replace(state, length=state.length - jnp.array([0, 0, 1]))
+    out, state = near(X[:, :1], state)  # it sees nothing of the cache
+    assert np.isnan(out).all(axis=(1, 2)).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        cache.init((R,), 0, ONE)
+
+
+def test_what_cannot_be_looked_up_is_refused():
+    rolling = cache.init((R,), WIDTH, ONE, rolling=True)
+    with pytest.raises(ValueError, match="must compare positions .* no fixed index"):
+        cache.extend(WEIGHTS, X, rolling, ONE, mask=masks.causal() & ~masks.lengths(3))
+    with pytest.raises(ValueError, match=r"got bias \(17, 5\)"):
+        cache.extend(WEIGHTS, X, rolling, ONE, bias=jnp.zeros((M, WIDTH)))
+    state, real = cache.init((R,), M, ONE), jnp.ones((R, M), bool)
+    with pytest.raises(ValueError, match="for 17 queries needs rows that are at the same place, got real="):
+        cache.extend(WEIGHTS, X, state, ONE, mask=np.ones((M, M), bool), real=real)
+    with pytest.raises(ValueError, match=r"real must be bool \[..., t\] = \(3, 17\), got bool \(17,\)"):
+        cache.extend(WEIGHTS, X, state, ONE, real=real[0])
+
+
+def test_the_positions_are_the_caches(lm):
+    empty = language_model.init_cache((B,), T, LM)
+    with pytest.raises(ValueError, match="got positions and a cache"):
+        language_model.extend(lm, TOKENS, empty, LM, positions=jnp.arange(T))
+    with pytest.raises(ValueError, match="got real without a cache"):
+        language_model.run(lm, TOKENS, LM, real=jnp.ones((B, T), bool))
+
+
+def test_prompts_padded_left_and_right(lm, mt):
+    """Row 0 has 7 tokens, row 1 has 4: padded on either side, then one token more for both."""
+    short = TOKENS[1, :4]
+    expected = apply_lm(lm, TOKENS)
+    for real in ([False] * 3 + [True] * 4, [True] * 4 + [False] * 3):
+        prompts, real = TOKENS.copy(), np.array([[True] * T, real])
+        prompts[1, real[1]] = short
+        logits, state = extend_lm(lm, prompts, language_model.init_cache((B,), 9, LM), config=LM, real=real)
+        close(logits[0], expected[0])
+        close(logits[1, real[1]], expected[1, :4])
+        logits, state = extend_lm(lm, TOKENS[:, 4:5], state, config=LM)
+        close(logits[1, 0], expected[1, 4])
+        assert state[0].length.tolist() == [8, 5]
+    written = begin_mt(mt, SOURCE, source_lengths=LENGTHS)
+    logits, written = extend_mt(mt, prompts, written, config=MT, real=real)
+    logits, _ = extend_mt(mt, TOKENS[:, 4:5], written, config=MT)
+    close(logits[1, 0], apply_mt(mt, SOURCE, TOKENS, source_lengths=LENGTHS)[1, 4])
+
+
+def test_a_rolling_language_model(lm):
+    expected = apply_lm(lm, TOKENS, mask=masks.window(2))
+    got, state = in_chunks(
+        lambda t, s: extend_lm(lm, t, s, config=LM), language_model.init_cache((B,), 3, LM, rolling=True), [1, 1, 5]
+    )
+    close(got, expected)
+    assert state[1].k.shape == (B, 3, 3, 4)
+
+
+@pytest.fixture
+def full_compiles():
+    """Compile as users do."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.parametrize(("batch", "rows", "rolling"), [(1, False, False), (3, True, True)])
+def test_a_token_is_written_in_place(full_compiles, batch, rows, rolling):
+    """Donated, or carried by a loop: no copy of the cache, in no layer."""
+    # Keys are much more than their logits, and have as many heads as queries: for grouped ones, alone in a batch, XLA's
+    # library transposes the keys of the layer that it is at, which is a copy for the product and not for the cache.
+    config = dataclasses.replace(LM, head_dim=64, value_dim=64, num_kv_heads=None)
+    state = language_model.init_cache((batch,), 2048, config, rolling=rolling)
+    if rows:
+        state = tuple(dataclasses.replace(one, length=jnp.zeros(batch, jnp.int32)) for one in state)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    params = jax.eval_shape(partial(language_model.init_params, config=config), jax.random.key(0))
+
+    def loop(params, tokens, state):
+        step = lambda state, _: (language_model.extend(params, tokens, state, config)[1], None)  # noqa: E731
+        return jax.lax.scan(step, state, None, length=3)[0]
+
+    for function in (partial(language_model.extend, config=config), loop):
+        compiled = jax.jit(function, donate_argnums=2).lower(params, jnp.zeros((batch, 1), int), state).compile()
+        memory: Any = compiled.memory_analysis()
+        one_layers_keys = size / 4
+        assert memory.temp_size_in_bytes < one_layers_keys / 2 and memory.alias_size_in_bytes >= size
