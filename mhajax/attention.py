@@ -24,7 +24,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from mhajax import checks, kernels
+from mhajax.kernels import finite
 from mhajax.masks import Mask, Tokens, as_mask, tokens
+from mhajax.masks.static import aligned
 
 CAPTURES = ("queries", "keys", "values", *kernels.CAPTURES, "heads", "contributions")
 
@@ -316,13 +318,13 @@ def apply_to(
     )  # fmt: skip
     heads = heads.astype(x.dtype)
     if gates is not None:
-        times = kernels.finite.guarded(jnp.multiply) if masked else jnp.multiply
-        heads = times(heads, gates[..., None, None].astype(heads.dtype))
+        times = finite.guarded(jnp.multiply) if masked else jnp.multiply
+        heads = times(*aligned(heads, gates[..., None, None].astype(heads.dtype)))
     concatenated = jnp.swapaxes(heads, -3, -2).reshape(*x.shape[:-1], math.prod(params.w_o.shape[:2]))  # [..., T, N·Hv]
     combine = _guarded_matmul if masked else jnp.matmul
     out = combine(concatenated, params.w_o.reshape(-1, config.d_model))
     if params.b_o is not None:
-        out = out + params.b_o
+        out = _plus(out, params.b_o)
     on_the_way = {
         "queries": lambda: q,
         "keys": lambda: answers.k,
@@ -333,19 +335,24 @@ def apply_to(
     return out, {name: captured[name] if name in captured else on_the_way[name]() for name in capture}
 
 
-_guarded_matmul = kernels.finite.guarded(jnp.matmul)
+_guarded_matmul = finite.guarded(jnp.matmul)
 
 
 def _project(x: Array, weights: Array, bias: Array | None, masked: bool) -> Array:
     """One head's linear map, x [..., T, D] by [D, H], for every head of `weights` [N, D, H]: [..., N, T, H]."""
     product = _guarded_matmul if masked else jnp.matmul
-    one_head = lambda x, w, b: product(x, w) if b is None else product(x, w) + b  # noqa: E731
+    one_head = lambda x, w, b: product(x, w) if b is None else _plus(product(x, w), b)  # noqa: E731
     # XLA merges the heads into one product, for which it transposes the weights. For few tokens that is most of the
     # work, so there every head gets its own x, which keeps the products apart.
     few = math.prod(x.shape[:-1]) <= 32
     given = jnp.broadcast_to(x, (weights.shape[0], *x.shape)) if few else x
     axes = (0 if few else None, 0, None if bias is None else 0)
     return jax.vmap(one_head, in_axes=axes, out_axes=-3)(given, weights, bias)
+
+
+def _plus(x: Array, bias: Array) -> Array:
+    """x [..., D] plus [D], of the same rank, which JAX can be told to insist on."""
+    return jnp.add(*aligned(x, bias))
 
 
 def _with_heads(positions: Array | None, length: int) -> Array:

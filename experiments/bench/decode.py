@@ -77,14 +77,9 @@ def _ours(case: Case) -> tuple[Callable, Any, Any]:
 
 def _extend_ours(params: Any, x: Any, arrays: tuple[Any, Any], length: Any, *, config: Any) -> tuple[Any, Any]:
     """The only place that knows how our cache is used."""
-    from mhajax import attention, cache, masks
+    from mhajax import cache, masks
 
-    before = cache.Cache(arrays[0], arrays[1], length)
-    after = cache.append(before, attention.keys_values(params, x, config))
-    out, _ = attention.apply_to(
-        params, x, attention.KeysValues(after.k, after.v), config,
-        mask=masks.causal(), positions=length[None], start=length, keys=masks.tokens(after.capacity),
-    )  # fmt: skip
+    out, after, _ = cache.extend(params, x, cache.Cache(*arrays, length), config, mask=masks.causal())
     return out, (after.k, after.v)
 
 

@@ -61,13 +61,16 @@ def attend(
       [..., N, T, Hv] in the dtype of v, and float32 [..., N, T] (-inf where nothing may be attended to).
     """
     *leading, num_heads, length, _ = q.shape
+    if 0 in leading:  # no examples, no tiles
+        nothing = jnp.full(q.shape[:-1], -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
+        return jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype), nothing
     static = Static(
         tiling, tuple(leading), num_heads, length, k.shape[-2], scale,
         0.0 if dropout_key is None else dropout_rate, score, guarded=mask is not None or bias is not None,
     )  # fmt: skip
-    heads, log_sums = _attend(
-        static, *grid.lay_out(static, q, k, v, mask, bias, constants, queries, keys, dropout_key)
-    )  # fmt: skip
+    operands, context = grid.lay_out(static, q, k, v, mask, bias, constants, queries, keys, dropout_key)
+    results: Any = _attend(static, operands, context)
+    heads, log_sums = results
     shape = (*leading, num_heads)
     heads = heads[:, :length].astype(v.dtype).reshape(*shape, length, v.shape[-1])
     return heads, log_sums[:, :length].reshape(*shape, length)
@@ -189,8 +192,8 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple[Operands
                 return d_k, d_v, (d_bias, d_constants), d_q
 
             d_q = jnp.zeros((items, rows, operands.q.shape[-1]), wide)
-            *state, d_q = grid.visit(context, chunk, row, visited, (*state, d_q))
-            return tuple(state), (d_q * static.scale).astype(operands.q.dtype)
+            *sums, d_q = grid.visit(context, chunk, row, visited, (*state, d_q))
+            return tuple(sums), (d_q * static.scale).astype(operands.q.dtype)
 
         d_k, d_v = (jnp.zeros((items, a.shape[-1], a.shape[1]), wide) for a in (operands.k, operands.v))
         (d_k, d_v, d_shared), d_q = grid.accumulate(one_row, (d_k, d_v, d_shared), operands.q.shape[1] // rows)

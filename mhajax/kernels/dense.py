@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +38,16 @@ def look(q: Array, k: Array, v: Array, **options) -> dict[str, Array]:
     return _guarded(q, k, v, capture=("logits", "weights"), **options)[1]
 
 
-def _guarded(q: Array, k: Array, v: Array, *, cached: bool = False, **options) -> tuple[Array, dict[str, Array]]:
+def _guarded(
+    q: Array, k: Array, v: Array, *, queries: Tokens, keys: Tokens, mask: Mask | None = None, bias: Array | None = None,
+    cached: bool = False, **options: Any,
+) -> tuple[Array, dict[str, Array]]:  # fmt: skip
     """`_lifted`, with what is not finite kept where it may be seen; a cache has seen to that itself."""
-    mask, bias, queries, keys = (options.get(name) for name in ("mask", "bias", "queries", "keys"))
+    given: dict[str, Any] = {"queries": queries, "keys": keys, "mask": mask, "bias": bias, **options}
     if cached or (mask is None and bias is None):
-        return _lifted(q, k, v, **options)
+        return _lifted(q, k, v, **given)
     q, k, v, spoilt = finite.heal(q, k, v)
-    heads, captured = _lifted(q, k, v, **options)
+    heads, captured = _lifted(q, k, v, **given)
     rows = finite.reached(spoilt, mask, bias, queries, keys, q.shape)
     return finite.mark(heads, captured, rows, spoilt, mask, bias, queries, keys)
 
@@ -78,7 +83,7 @@ def _lifted(
     def one_head(q, k, v, allowed, bias, kept, head, q_position, k_position):
         scored = None
         if of_pairs is not None:
-            scored = lambda logits: of_pairs(logits, head, q_position, k_position, *constants)  # noqa: E731
+            scored = partial(_scored, of_pairs, head, q_position, k_position, constants)
         return attend_head(
             q, k, v, allowed, bias, kept, scored, scale=scale, dropout_rate=dropout_rate, capture=capture
         )  # fmt: skip
@@ -154,6 +159,10 @@ def attend_head(
 
     captured = {"logits": lambda: logits, "weights": lambda: weights / total, "log_sum_exp": log_sum_exp}
     return out.astype(v.dtype), {name: captured[name]() for name in capture}
+
+
+def _scored(score: Callable, head: Array, q_position: Array, k_position: Array, constants: tuple, logits: Array):
+    return score(logits, head, q_position, k_position, *constants)
 
 
 def full_rank(name: str, array: Array, full: tuple[int, ...]) -> Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax.masks import Mask, Tokens
+from mhajax.masks.static import aligned
 
 
 class Spoilt(NamedTuple):
@@ -56,8 +57,10 @@ def pairs(spoilt: Spoilt, mask: Mask | None, bias: Array | None, queries: Tokens
     """Pairs that may attend and are spoilt, bool [..., N, T, S]."""
     seen = spoilt.queries[..., :, None] | spoilt.keys[..., None, :]
     if mask is not None:
-        seen = seen & mask.block(queries, keys)
+        seen, allowed = aligned(seen, mask.block(queries, keys))
+        seen = seen & allowed
     if bias is not None:
+        seen, bias = aligned(seen, bias)
         seen = seen & (bias != -jnp.inf)
     return seen
 

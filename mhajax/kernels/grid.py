@@ -66,7 +66,7 @@ class Context(NamedTuple):
     order: Array | np.ndarray  # [chunks or 1, t_tiles, s_tiles]: tiles to visit, plain ones first
     plain: Array | np.ndarray  # [chunks or 1, t_tiles]: how many of them need no mask
     visited: Array | np.ndarray  # [chunks or 1, t_tiles]: how many are visited at all
-    words: Array | None  # the dropout's, [2]
+    words: Any  # the dropout's, [2]; None without
 
 
 def lay_out(
@@ -77,11 +77,14 @@ def lay_out(
     rows, columns = -static.num_queries % static.tiling.rows, -static.num_keys % static.tiling.columns
     flat = lambda a, tokens: _pad(a.reshape(-1, *a.shape[-2:]), -2, tokens)  # noqa: E731
     operands = Operands(flat(q, rows), flat(k, columns), flat(v, columns), _lay_out_bias(bias, static), constants)
+    order, plain, visited = _visits(mask, bias, queries, keys, static)
     context = Context(
         None if mask is None else mask.laid_out(queries, keys, static.leading, (rows, columns)),
         queries._replace(position=_pad(queries.position, -1, rows)),
         keys._replace(position=_pad(keys.position, -1, columns)),
-        *_visits(mask, bias, queries, keys, static),
+        order,
+        plain,
+        visited,
         dropout.words(dropout_key) if static.dropout_rate and dropout_key is not None else None,
     )
     return operands, context
@@ -104,11 +107,11 @@ def _lay_out_bias(bias: Array | None, static: Static) -> Array | None:
     if math.prod(have) not in (1, math.prod(static.leading)):  # only some of the leading axes are shared
         have = static.leading
         bias = jnp.broadcast_to(bias, (*have, heads, t, s))
-    bias = bias.reshape(math.prod(have), heads, t, s)
+    laid_out: Array = bias.reshape(math.prod(have), heads, t, s)
     for axis, tile in ((-2, static.tiling.rows), (-1, static.tiling.columns)):
-        if bias.shape[axis] > 1:
-            bias = _pad(bias, axis, -bias.shape[axis] % tile)
-    return bias
+        if laid_out.shape[axis] > 1:
+            laid_out = _pad(laid_out, axis, -laid_out.shape[axis] % tile)
+    return laid_out
 
 
 def _visits(mask: Mask | None, bias: Array | None, queries: Tokens, keys: Tokens, static: Static) -> tuple:
@@ -123,7 +126,7 @@ def _visits(mask: Mask | None, bias: Array | None, queries: Tokens, keys: Tokens
     if bias is not None:
         every = xp.zeros_like(every)  # it may hold -inf
     if static.num_keys % columns:  # the last keys are padding
-        every = every & (xp.arange(every.shape[-1]) < every.shape[-1] - 1)
+        every = every & xp.broadcast_to(xp.arange(every.shape[-1]) < every.shape[-1] - 1, every.shape)
     if some.ndim > 2:
         full = (*static.leading, static.num_heads, *some.shape[-2:])
         some, every = (xp.broadcast_to(a, full).reshape(-1, items, *some.shape[-2:]) for a in (some, every))
@@ -275,9 +278,10 @@ def kept(static: Static, context: Context, tile: Tile) -> Array:
     _, rows, columns = static.tiling
     word = lambda a: jnp.asarray(a, jnp.uint32)  # noqa: E731
     item = word(tile.chunk.example) * word(static.num_heads) + word(tile.chunk.head)
-    query = item[:, None] * word(static.num_queries) + word(tile.row * rows) + jnp.arange(rows, dtype=jnp.uint32)
+    query = word(tile.row * rows) + jnp.arange(rows, dtype=jnp.uint32)
     key = word(tile.column * columns) + jnp.arange(columns, dtype=jnp.uint32)
-    counter = query[..., None] * word(static.num_keys) + key
+    query = item[:, None, None] * word(static.num_queries) + query[None, :, None]
+    counter = query * word(static.num_keys) + key[None, None]
     return dropout.keep_at(context.words, static.dropout_rate, counter)
 
 
@@ -285,10 +289,11 @@ def bias_of(static: Static, bias: Array | None, tile: Tile) -> Array | None:
     """The part of the bias for a tile, [c, 1 or rows, 1 or columns]."""
     if bias is None:
         return None
+    whole = bias
 
     def one_item(example: Array, head: Array) -> Array:
-        start, sizes = _bias_place(static, bias, tile, example, head)
-        return jax.lax.dynamic_slice(bias, start, sizes)[0, 0]
+        start, sizes = _bias_place(static, whole, tile, example, head)
+        return jax.lax.dynamic_slice(whole, start, sizes)[0, 0]
 
     return jax.vmap(one_item)(tile.chunk.example, tile.chunk.head)
 

@@ -249,14 +249,15 @@ class And(Combination):
         return self.first, self.second
 
     def joined(self, *blocks: Array) -> Array:
-        return blocks[0] & blocks[1]
+        first, second = static.aligned(*blocks)
+        return first & second
 
     def __repr__(self) -> str:
         return " & ".join(f"({part!r})" if isinstance(part, Or) else repr(part) for part in self.parts())
 
     def bounds(self, *tiles: Tiles) -> Tiles:
-        a, b = tiles
-        return Tiles(a.some & b.some, a.every & b.every)
+        (some, others), (every, all_others) = map(static.aligned, *tiles)
+        return Tiles(some & others, every & all_others)
 
 
 @pytree
@@ -270,14 +271,15 @@ class Or(Combination):
         return self.first, self.second
 
     def joined(self, *blocks: Array) -> Array:
-        return blocks[0] | blocks[1]
+        first, second = static.aligned(*blocks)
+        return first | second
 
     def __repr__(self) -> str:
         return f"{self.first!r} | {self.second!r}"
 
     def bounds(self, *tiles: Tiles) -> Tiles:
-        a, b = tiles
-        return Tiles(a.some | b.some, a.every | b.every)
+        (some, others), (every, all_others) = map(static.aligned, *tiles)
+        return Tiles(some | others, every | all_others)
 
 
 @pytree

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from mhajax.masks import static
 from mhajax.masks.algebra import Mask, Tiles, Tokens, on_grid, pytree
 from mhajax.masks.by_position import same
-from mhajax.masks.static import across, apart, down
+from mhajax.masks.static import across, aligned, apart, down
 
 
 @pytree
@@ -23,14 +23,15 @@ class Lengths(Mask):
     lengths: ArrayLike  # [] or [...]
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
-        return keys.index[None, :] < apart(jnp.asarray(self.lengths))
+        index, lengths = aligned(across(keys.index), apart(jnp.asarray(self.lengths)))
+        return index < lengths
 
     def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
         lengths, start = static.numbers(self.lengths, keys.start)
-        first = np.arange(0, keys.size, columns)
-        last = np.minimum(first + columns, keys.size) - 1
-        some, every = (across(start + index) < apart(lengths) for index in (first, last))
-        return on_grid(some, every, queries, keys, rows, columns)
+        begin = np.arange(0, keys.size, columns)
+        end = np.minimum(begin + columns, keys.size) - 1
+        first, last, lengths = aligned(across(start + begin), across(start + end), apart(lengths))
+        return on_grid(first < lengths, last < lengths, queries, keys, rows, columns)
 
     def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
         return Lengths(static.flat(self.lengths, leading))
@@ -49,7 +50,8 @@ class Segments(Mask):
     def block(self, queries: Tokens, keys: Tokens) -> Array:
         asking = jnp.asarray(_cut(self.queries, -1, queries))
         answering = jnp.asarray(_cut(self.keys, -1, keys))
-        return down(asking) == across(answering)
+        asking, answering = aligned(down(asking), across(answering))
+        return asking == answering
 
     def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
         asking, answering = static.numbers(_cut(self.queries, -1, queries), _cut(self.keys, -1, keys))

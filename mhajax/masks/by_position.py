@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from mhajax.masks import static
 from mhajax.masks.algebra import Mask, Tiles, Tokens, brief, on_grid, pytree
-from mhajax.masks.static import across, apart, down
+from mhajax.masks.static import across, aligned, apart, down
 
 
 class _Shared(Mask):
@@ -32,12 +32,12 @@ class Causal(_Shared):
     """Key position ≤ query position."""
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
-        return across(jnp.asarray(keys.position)) <= down(jnp.asarray(queries.position))
+        asking, answering = _positions(queries, keys)
+        return answering <= asking
 
     def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
         asking, answering = static.numbers(queries.position, keys.position)
-        first_query, last_query = map(down, static.extremes(asking, rows))
-        first_key, last_key = map(across, static.extremes(answering, columns))
+        first_query, last_query, first_key, last_key = _extremes(asking, answering, rows, columns)
         return on_grid(first_key <= last_query, last_key <= first_query, queries, keys, rows, columns)
 
 
@@ -49,13 +49,13 @@ class Window(_Shared):
     after: ArrayLike  # []
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
-        distance = down(_signed(jnp.asarray(queries.position))) - across(_signed(jnp.asarray(keys.position)))
+        asking, answering = _positions(queries, keys)
+        distance = _signed(asking) - _signed(answering)
         return (distance <= jnp.asarray(self.before)) & (-distance <= jnp.asarray(self.after))
 
     def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
         asking, answering, before, after = static.numbers(queries.position, keys.position, self.before, self.after)
-        first_query, last_query = map(down, static.extremes(_signed(asking), rows))
-        first_key, last_key = map(across, static.extremes(_signed(answering), columns))
+        first_query, last_query, first_key, last_key = _extremes(_signed(asking), _signed(answering), rows, columns)
         least, most = first_query - last_key, last_query - first_key  # distances in the tile
         some = (least <= before) & (-most <= after)
         every = (most <= before) & (-least <= after)
@@ -73,12 +73,13 @@ class Prefix(Mask):
     length: ArrayLike  # [] or [...]
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
-        return across(jnp.asarray(keys.position)) < apart(jnp.asarray(self.length))
+        position, length = aligned(across(jnp.asarray(keys.position)), apart(jnp.asarray(self.length)))
+        return position < length
 
     def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
         answering, length = static.numbers(keys.position, self.length)
-        first, last = map(across, static.extremes(answering, columns))
-        return on_grid(first < apart(length), last < apart(length), queries, keys, rows, columns)
+        first, last, length = aligned(*map(across, static.extremes(answering, columns)), apart(length))
+        return on_grid(first < length, last < length, queries, keys, rows, columns)
 
     def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
         return Prefix(static.flat(self.length, leading))
@@ -95,7 +96,8 @@ class Chunk(_Shared):
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
         size = jnp.asarray(self.size)
-        return down(jnp.asarray(queries.position) // size) == across(jnp.asarray(keys.position) // size)
+        asking, answering = _positions(queries, keys)
+        return asking // size == answering // size
 
     def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
         asking, answering, size = static.numbers(queries.position, keys.position, self.size)
@@ -111,7 +113,7 @@ class Function(_Shared):
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
         pair = lambda q, k: jnp.asarray(self.mask_fn(q, k, *self.arrays))  # noqa: E731
-        return jnp.vectorize(pair)(down(jnp.asarray(queries.position)), across(jnp.asarray(keys.position)))
+        return jnp.vectorize(pair)(*_positions(queries, keys))
 
 
 def causal() -> Mask:
@@ -228,11 +230,20 @@ def function(mask_fn: Callable[..., Any], *arrays: Any) -> Mask:
 
 def same(asking: Any, answering: Any, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
     """Bounds where a pair is allowed if a number of the query, [..., t], equals one of the key, [..., s]."""
-    least_query, most_query = map(down, static.extremes(asking, rows))
-    least_key, most_key = map(across, static.extremes(answering, columns))
+    least_query, most_query, least_key, most_key = _extremes(asking, answering, rows, columns)
     some = (least_query <= most_key) & (least_key <= most_query)
     every = (least_query == most_key) & (least_key == most_query)
     return on_grid(some, every, queries, keys, rows, columns)
+
+
+def _positions(queries: Tokens, keys: Tokens) -> tuple[Any, ...]:
+    """Positions of the queries as a column and of the keys as a row, of the same rank."""
+    return aligned(down(jnp.asarray(queries.position)), across(jnp.asarray(keys.position)))
+
+
+def _extremes(asking: Any, answering: Any, rows: int, columns: int) -> tuple[Any, ...]:
+    """Smallest and largest number of every tile's queries, as columns, and of its keys, as rows, of the same rank."""
+    return aligned(*map(down, static.extremes(asking, rows)), *map(across, static.extremes(answering, columns)))
 
 
 def _signed(positions: Any) -> Any:

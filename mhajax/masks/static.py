@@ -87,6 +87,12 @@ def apart(value: Any) -> Any:
     return value[..., None, None, None] if value.ndim else value
 
 
+def aligned(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays with axes of 1 in front, so that all have the same rank, which JAX can be told to insist on."""
+    rank = max(array.ndim for array in arrays)
+    return tuple(array.reshape((1,) * (rank - array.ndim) + array.shape) for array in arrays)
+
+
 def flat(values: Any, leading: tuple[int, ...], axes: int = 0) -> Any:
     """[] or [...] (before so many axes of its own) with the leading axes flattened to one; shared values stay."""
     values = jnp.asarray(values)
