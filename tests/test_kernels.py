@@ -1,0 +1,323 @@
+"""The kernels: every feature on every path against loops in float64 (docs/parity.md), what is chosen, what it costs."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+from parity import COMPUTED, FEATURES, REFUSED
+from parity_features import CASES, CAUSAL, Sizes
+from reference import numbers
+
+from mhajax import attention, dropout, kernels, masks, scores
+from mhajax.kernels import Tiling, choice, grid
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "parity.md"
+EVERYTHING = "dropout, mask, bias, score"
+
+# The matrix -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", COMPUTED)
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_feature_on_a_path(name, path):
+    parity.computed(name, path)
+
+
+def test_the_page_says_what_is_so():
+    table = parity.table()
+    if os.environ.get("MHAJAX_WRITE"):
+        PAGE.write_text(table)
+    assert PAGE.read_text() == table, (
+        "docs/parity.md is not what the paths do; MHAJAX_WRITE=1 python -m pytest tests/test_kernels.py rewrites it"
+    )
+
+
+def test_the_page_claims_of_the_ring_what_its_test_shows():
+    source = (ROOT / "tests" / "test_kernels_platforms.py").read_text()
+    assert [case for case in parity.RING.values() if f'"{case}": errors(' not in source] == []
+    assert set(parity.RING) <= set(FEATURES) and set(parity.SPECIAL) <= set(FEATURES) and REFUSED <= set(FEATURES)
+
+
+@pytest.mark.parametrize("name", [EVERYTHING, "sinks and their gradient", "`vmap` over gates", "score: soft cap"])
+def test_the_loops_have_the_gradient_of_their_value(name):
+    case = CASES[name]._replace(dtype="float64")
+    *given, d_out, d_log_sums = parity.inputs(case)
+    given = tuple(given)
+    along = jax.tree.map(lambda a: np.random.default_rng(a.size).normal(size=a.shape), given)
+
+    def value(sign):
+        moved = jax.tree.map(lambda a, d: a + sign * 1e-6 * d, given, along)
+        heads, log_sums = parity.loops(case, *moved, d_out, d_log_sums)[:2]
+        return np.sum(heads * d_out) + np.sum(np.where(np.isneginf(log_sums), 0, log_sums) * d_log_sums)
+
+    q, k, v, extras = along
+    directions = [q, k, v, *(extras[name] for name in sorted(extras))]
+    gradients = parity.loops(case, *given, d_out, d_log_sums)[2:]
+    slope = sum(np.sum(g * d) for g, d in zip(gradients, directions, strict=True))
+    np.testing.assert_allclose((value(1) - value(-1)) / 2e-6, slope, rtol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiling", [(1, 5, 6), (2, 4, 17), (4, 7, 6), (99, 13, 6), (99, 4, 17), (1, 13, 17)], ids=str)
+@pytest.mark.parametrize("name", [name for name in FEATURES if name not in REFUSED])
+def test_every_feature_in_every_tiling_fully_optimised(name, tiling, monkeypatch):
+    monkeypatch.setattr(parity, "quick", jax.jit)
+    case, (items, rows, columns) = FEATURES[name].case, tiling
+    FEATURES[name].check(parity.Path("blockwise", Tiling(min(items, case.items), rows, columns)), case)
+
+
+# What the compiler makes of it with all its optimisations ------------------------------------------------------------
+
+
+def attend(t, s, kernel="blockwise", **options):
+    """A function of q, k, v."""
+    places = {"queries": masks.tokens(t), "keys": masks.tokens(s)}
+    return lambda q, k, v: kernels.attend(q, k, v, kernel=kernel, **places, **options)[0]
+
+
+def with_gradient(function):
+    def both(q, k, v):
+        out, pull = jax.vjp(function, q, k, v)
+        return out, pull(jnp.sin(1 + jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+
+    return both
+
+
+def test_everything_at_once_fully_optimised(monkeypatch):
+    monkeypatch.setattr(parity, "quick", jax.jit)
+    parity.against_loops(parity.Path("blockwise", Tiling(2, 5, 6)), CASES[EVERYTHING])
+
+
+def test_a_long_odd_sequence_in_the_tiles_that_are_chosen():
+    t, s = 1031, 1033
+    given = numbers(1, 2, 2, t, 8), numbers(2, 2, 1, s, 8), numbers(3, 2, 1, s, 3)
+    mask = masks.causal() & masks.lengths(np.array([997, 0]))
+    both = (with_gradient(attend(t, s, path, mask=mask)) for path in ("blockwise", "dense"))
+    got, expected = (parity.quick(function)(*given) for function in both)
+    assert choice.choose(request(t=t, s=s, mask=mask)).tiling.rows < t
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max())
+        assert not np.any(a[1])  # nothing to attend to
+
+
+def test_looking_changes_no_bit_of_the_output_fully_optimised(monkeypatch):
+    monkeypatch.setattr(parity, "quick", jax.jit)
+    parity.looking(parity.Path("blockwise", Tiling(2, 5, 6)), CASES["capture of weights, logits"])
+
+
+@pytest.mark.parametrize("tiling", [None, (1, 5, 6), (8, 13, 6)], ids=str)
+def test_the_same_weights_are_dropped_everywhere(tiling):
+    """With equal weights and values that are unit vectors, an output says which weights stayed."""
+    b, n, _, t, s, h, _ = Sizes()
+    key = jax.random.key(5)
+    path = parity.Path("dense") if tiling is None else parity.Path("blockwise", Tiling(*tiling))
+    q, k, v = np.zeros((b, n, t, h), np.float32), numbers(1, b, n, s, h), np.eye(s, dtype=np.float32)
+    out, _ = parity.quick(
+        lambda q, k, v: parity.attend(path, q, k, v, dropout_rate=0.4, dropout_key=key)
+    )(q, k, np.broadcast_to(v, (b, n, s, s)))  # fmt: skip
+    np.testing.assert_array_equal(out > 0, dropout.keep(key, 0.4, (b, n, t, s)))
+    np.testing.assert_allclose(np.max(out), 1 / (s * 0.6), rtol=1e-6)
+
+
+# What is chosen -----------------------------------------------------------------------------------------------------
+
+
+def request(platform="cpu", b=1, n=8, t=4096, s=4096, h=64, dtype=jnp.float32, **options):
+    heads = [jax.ShapeDtypeStruct((b, n, length, h), dtype) for length in (t, s, s)]
+    given = {
+        "mask": None, "queries": masks.tokens(t), "keys": masks.tokens(s), "bias": False, "score": False,
+        "dropout": False, "log_sum_exp": False, "cached": False,
+    }  # fmt: skip
+    return choice.Request(platform, *heads, **given | options)
+
+
+HALF = {"dtype": jnp.bfloat16}
+CHOICES = {
+    "long": (request(), "blockwise"),
+    "with everything": (request(mask=masks.causal(), bias=True, score=True, dropout=True), "blockwise"),
+    "short": (request(t=8, s=8), "dense"),
+    "long queries, few keys": (request(s=8), "dense"),
+    "one query": (request(t=1), "dense"),
+    "no example": (request(b=0), "dense"),
+    "cached": (request(cached=True), "dense"),
+    "GPU": (request("gpu", **HALF), "cudnn"),
+    "GPU, float32": (request("gpu"), "blockwise"),
+    "GPU, dropout": (request("gpu", dropout=True, **HALF), "blockwise"),
+    "GPU, short": (request("gpu", t=8, s=8, **HALF), "dense"),
+    "GPU, the sums": (request("gpu", log_sum_exp=True, **HALF), "blockwise"),
+    "TPU": (request("tpu", mask=masks.causal()), "splash"),
+    "TPU, several devices": (request("tpu", spread=True), "blockwise"),
+    "TPU, bias": (request("tpu", bias=True), "blockwise"),
+    "TPU, cached": (request("tpu", cached=True), "dense"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_is_chosen(name):
+    asked, kernel = CHOICES[name]
+    chosen = choice.choose(asked)
+    assert chosen.kernel == kernel and chosen.why
+    assert set(chosen.others) == set(kernels.NAMES) - {kernel} and all(chosen.others.values())
+    assert (chosen.tiling is None) == (kernel != "blockwise")
+
+
+def test_the_choice_prints_itself():
+    heads = [jax.ShapeDtypeStruct((1, 8, 4096, 64), jnp.float32)] * 3
+    chosen = kernels.explain(*heads, mask=masks.causal(), platform="cpu")
+    items, rows, columns = chosen.tiling
+    assert str(chosen).splitlines() == [
+        f"blockwise: {chosen.why}",
+        f"  {items} heads at a time, tiles of {rows} queries × {columns} keys; {chosen.visited:.0%} of the tiles are "
+        "visited",
+        *(f"not {name}: {why}" for name, why in chosen.others.items()),
+    ]  # fmt: skip
+    assert chosen.others["cudnn"] == "cuDNN needs an NVIDIA GPU" and chosen.others["splash"].endswith("needs a TPU")
+    assert str(kernels.explain(*heads, cached=True)).splitlines()[0] == (
+        "dense: a cache is read by the dense path, which does not copy it"
+    )
+
+
+@pytest.mark.parametrize(("t", "expected"), [(2048, 0.625), (4096, 0.5625), (8192, 0.53125)])
+def test_causal_visits_about_half_of_the_tiles(t, expected):
+    assert choice.choose(request(t=t, s=t, mask=masks.causal())).visited <= expected
+    assert choice.choose(request(t=t, s=t, mask=masks.causal())).visited >= 0.5
+    assert choice.choose(request(t=t, s=t)).visited == 1
+    assert choice.choose(request(t=t, s=t, mask=masks.causal() & masks.window(100))).visited < 3 * 512 / t
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_loops_run_over_what_the_mask_leaves(traced):
+    """Three blocks of queries, three of keys; lengths are looked at when the program runs."""
+    heads = [numbers(i, 2, 2, 12, 3) for i in range(3)]
+
+    def visits(lengths):
+        static = grid.Static(Tiling(2, 4, 4), (2,), 2, 12, 12, 1.0, 0.0, None, True)
+        mask = masks.causal() & masks.lengths(lengths)
+        tokens = masks.tokens(12)
+        context = grid.lay_out(static, *heads, mask, None, (), tokens, tokens, None)[1]
+        return context.order, context.plain, context.visited
+
+    order, plain, visited = (jax.jit(visits) if traced else visits)(np.array([12, 5]))
+    np.testing.assert_array_equal(visited, [[1, 2, 3], [1, 2, 2]])
+    np.testing.assert_array_equal(plain, [[0, 1, 2], [0, 1, 1]])
+    assert isinstance(visited, np.ndarray) != traced
+    for chunk, row in np.ndindex(2, 3):  # whole tiles first
+        assert sorted(order[chunk, row]) == [0, 1, 2] and order[chunk, row][0] == 0
+
+
+def test_what_cannot_be_done_is_said():
+    heads = numbers(1, 1, 2, 5, 3)
+    with pytest.raises(ValueError, match="^kernels: kernel must be auto or one of dense, blockwise.*, got 'flash'.$"):
+        attend(5, 5, "flash")(heads, heads, heads)
+    with pytest.raises(ValueError, match="^kernels: kernel='blockwise' cannot do this: a cache .* one of dense.$"):
+        attend(5, 5, cached=True)(heads, heads, heads)
+    for kernel, reason in (("cudnn", "NVIDIA"), ("splash", "bias")):
+        with pytest.raises(ValueError, match=f"kernel='{kernel}' cannot do this: .*{reason}.* dense, blockwise"):
+            attend(5, 5, kernel, bias=np.zeros((5, 5), np.float32))(heads, heads, heads)
+
+
+def test_an_empty_batch_is_an_empty_result():
+    heads = np.zeros((0, 4, 5, 3), np.float32)
+    for kernel in ("auto", "dense", "blockwise"):
+        out = jax.eval_shape(with_gradient(attend(5, 5, kernel, mask=masks.causal())), heads, heads, heads)
+        assert {a.shape for a in jax.tree.leaves(out)} == {heads.shape}
+
+
+# Forward mode -------------------------------------------------------------------------------------------------------
+
+CONFIG = attention.Config(d_model=7, num_heads=3, head_dim=2)
+
+
+def test_the_second_derivative_by_gates_is_had_from_the_dense_path():
+    """The output is linear in the gates: the hessian of half its square is the product of the contributions."""
+    from reference import random_params
+
+    params, x = random_params(attention.init_params, CONFIG), numbers(1, 2, 5, 7)
+
+    def loss(gates, kernel):
+        return jnp.sum(attention.apply(params, x, CONFIG, gates=gates, mask=masks.causal(), kernel=kernel) ** 2) / 2
+
+    hessian = parity.quick(jax.hessian(partial(loss, kernel="dense")))(np.ones(3, np.float32))
+    look = partial(attention.apply_captured, config=CONFIG, mask=masks.causal(), capture=("contributions",))
+    _, seen = parity.quick(look)(params, x)
+    np.testing.assert_allclose(hessian, np.einsum("bntd,bmtd->nm", *[seen["contributions"]] * 2), rtol=1e-5)
+
+
+# What it costs ------------------------------------------------------------------------------------------------------
+
+
+def lowered(t=1024, n=2, h=16, **options):
+    heads = jax.ShapeDtypeStruct((1, n, t, h), jnp.float32)
+    return jax.jit(with_gradient(attend(t, t, **options))).lower(heads, heads, heads)
+
+
+LEFT_OUT = {
+    "mask": {"mask": None},
+    "bias": {"bias": None},
+    "score": {"score": None},
+    "scale": {"scale": 0.25},
+    "a rate of 0": {"dropout_rate": 0.0, "dropout_key": jax.random.key(0)},
+    "no key": {"dropout_rate": 0.3, "dropout_key": None},
+    "nothing is looked at": {"capture": ()},
+}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return lowered().as_text()
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_is_not_asked_for_leaves_no_trace(name, plain):
+    assert lowered(**LEFT_OUT[name]).as_text() == plain
+
+
+def test_what_is_asked_for_does(plain):
+    assert lowered(mask=masks.causal()).as_text() != plain != lowered(**DROPPED).as_text()
+
+
+PADDED = masks.causal() & masks.lengths(np.array([1000]))
+DROPPED = {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}
+SCORE = {"score": scores.relative(np.ones((2, 9), np.float32))}
+COSTS = {"nothing": {}, "mask": {"mask": PADDED}, "mask, score, dropout": {"mask": PADDED, **SCORE, **DROPPED}}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_memory_grows_with_length_and_not_its_square(name):
+    """Forward and backward; the dense path's, which holds all weights, grows fourfold."""
+
+    def memory(t):
+        return lowered(t, **COSTS[name]).compile(parity.QUICK).memory_analysis().temp_size_in_bytes
+
+    small, middle, large = map(memory, (1024, 2048, 4096))
+    assert middle <= 2.3 * small and large <= 2.3 * middle
+    assert large < 4096**2 * 4  # the weights of one head
+
+
+def test_the_memory_of_the_dense_path_does_not():
+    memory = [
+        lowered(t, kernel="dense").compile(parity.QUICK).memory_analysis().temp_size_in_bytes for t in (512, 1024)
+    ]
+    assert memory[1] > 3 * memory[0]
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_the_program_does_not_grow_with_length(name):
+    short, long = (len(lowered(t, **COSTS[name]).as_text().splitlines()) for t in (4096, 16384))
+    assert short == long
+
+
+def test_the_cases_are_what_their_names_say():
+    """Of what a wrong row would hide: several tiles, the last of them partial, rows that see nothing."""
+    for name in FEATURES:
+        for path in ("blockwise, several tiles", "blockwise, all heads at once"):
+            (_, rows, columns), sizes = parity.paths(name)[path].tiling, FEATURES[name].case.sizes
+            assert sizes.t % rows or sizes.s % columns
+            assert sizes.t > rows or sizes.s > columns
+    assert not np.array_equal(CAUSAL, np.ones_like(CAUSAL))
