@@ -3,18 +3,21 @@
 The parameters in the `variables` are nested dicts with the names of the functions' NamedTuples, so that the heads stay
 a visible axis: `variables["params"]["w_q"]` is [N, D, H]. `functional(module, variables)` turns them into the
 NamedTuples that every function of this library takes.
+
+`attention_fn` is for the layers that Flax has itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.linen import dtypes
 from jax import Array
 
-from mhajax import attention, language_model, translator
+from mhajax import attention, drop_in, language_model, translator
 from mhajax.tree import from_dict, to_dict
 
 
@@ -89,6 +92,84 @@ class Translator(nn.Module):
         """What the logits are computed from, [..., T, D]."""
         dropout = _dropout(self, deterministic)
         return translator.features(self.functional_params, source, target, self.config, **dropout, **options)
+
+
+def attention_fn(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nn.Module | None = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable | None = None,
+    qk_attn_weights_einsum: Callable | None = None,
+    attn_weights_value_einsum: Callable | None = None,
+) -> Array:
+    """`flax.linen.dot_product_attention`, computed by our kernels: an `attention_fn` for Linen's own layers.
+
+    The layer stays the same (parameters, cache, options), and its memory grows with T, not with T × S, as long as
+    nobody asks for the weights and its mask is not written out. What else differs: `mhajax.drop_in`.
+
+    Linen hands over only what the signature names, so every argument is here, and what cannot be done is refused.
+
+    Args:
+      query: [..., T, N, H].
+      key: [..., S, K, H]; K may be less than N.
+      value: [..., S, K, Hv].
+      bias: broadcasts to [..., N, T, S].
+      mask: broadcasts to [..., N, T, S]; booleans, or numbers of which 0 masks, as Flax makes them.
+      broadcast_dropout: not followed, although True is Flax's default: every weight of every example and head draws
+        for itself.
+      dropout_rng: PRNG key of the dropout.
+      dropout_rate: share of the weights that is dropped unless `deterministic`.
+      deterministic: no dropout.
+      dtype: of the computation; what query, key and value promote to if None. Logits are at least float32.
+      precision: of the products; other than None and DEFAULT it takes the dense path, except on a CPU, where
+        there is only one.
+      module: where the weights are sown, as "attention_weights" in "intermediates"; they hold T × S numbers.
+      force_fp32_for_softmax: the weights that are sown are float32; the softmax is so anyway.
+      einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: refused.
+
+    Returns:
+      [..., T, N, Hv].
+
+    Raises:
+      ValueError: for sizes that do not belong together, a mask or bias that could be read in two ways, dropout without
+        a key, and products of one's own.
+
+    >>> layer = nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=attention_fn)
+    >>> layer.init_with_output(jax.random.key(0), jax.numpy.ones((2, 5, 16)))[0].shape
+    (2, 5, 16)
+    """
+    del broadcast_dropout
+    own = {
+        "einsum_dot_general": einsum_dot_general,
+        "qk_attn_weights_einsum": qk_attn_weights_einsum,
+        "attn_weights_value_einsum": attn_weights_value_einsum,
+    }
+    for name, function in own.items():
+        if function is not None:
+            raise ValueError(
+                f"linen.attention_fn: {name} must be None, got {function}: the kernels have products of their own; "
+                "leave it out, or use flax's attention_fn."
+            )
+    query, key, value = dtypes.promote_dtype(query, key, value, dtype=dtype)
+    out, weights = drop_in.of_flax(
+        "linen.attention_fn", query, key, value, bias, mask,
+        is_causal=False, dropout_key=dropout_rng, dropout_rate=0.0 if deterministic else dropout_rate,
+        precision=precision, weights=module is not None,
+    )  # fmt: skip
+    if module is not None:
+        shown = weights if force_fp32_for_softmax else weights.astype(query.dtype)
+        module.sow("intermediates", "attention_weights", shown)
+    return out
 
 
 def functional(module: Any, variables: Mapping[str, Any]) -> Any:

@@ -5,17 +5,21 @@ The parameters are attributes with the names of the functions' NamedTuples, so t
 `functional(module)` turns them into the NamedTuples that every function of this library takes (to see the weights of
 the heads: `attention.apply_captured(functional(layer), x, layer.config)`); `nnx.update(module, tree.to_dict(params))`
 puts such a NamedTuple back.
+
+`attention_fn` is for the layer that Flax has itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar
 
 from flax import nnx
+from flax.nnx.nn import dtypes
 from jax import Array
 
-from mhajax import attention, language_model, translator
+from mhajax import attention, drop_in, language_model, translator
 
 
 class _Parameters(nnx.Module):
@@ -169,6 +173,70 @@ class Translator(_Adapter):
         """What the logits are computed from, [..., T, D]."""
         dropout = self._dropout(deterministic, rngs)
         return translator.features(functional(self), source, target, self.config, **dropout, **options)
+
+
+def attention_fn(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nnx.Module | None = None,
+    promote_dtype: Callable = dtypes.promote_dtype,
+    is_causal: bool = False,
+) -> Array:
+    """`flax.nnx.dot_product_attention`, computed by our kernels: an `attention_fn` for NNX's own layer.
+
+    The layer stays the same (parameters, cache, options), and its memory grows with T, not with T × S, as long as
+    nobody asks for the weights and its mask is not written out. What else differs: `mhajax.drop_in`.
+
+    Args:
+      query: [..., T, N, H].
+      key: [..., S, K, H]; K may be less than N.
+      value: [..., S, K, Hv].
+      bias: broadcasts to [..., N, T, S].
+      mask: broadcasts to [..., N, T, S]; booleans, or numbers of which 0 masks, as Flax makes them.
+      broadcast_dropout: not followed, although True is Flax's default: every weight of every example and head draws
+        for itself.
+      dropout_rng: PRNG key of the dropout.
+      dropout_rate: share of the weights that is dropped unless `deterministic`.
+      deterministic: no dropout.
+      dtype: of the computation; what query, key and value promote to if None. Logits are at least float32.
+      precision: of the products; other than None and DEFAULT it takes the dense path, except on a CPU, where
+        there is only one.
+      module: where the weights are sown, as an `nnx.Intermediate`, "attention_weights"; they hold T × S numbers.
+      promote_dtype: function (arrays, dtype=) → arrays of one dtype.
+      is_causal: a query sees keys of its own index and before; no T × S booleans.
+
+    Returns:
+      [..., T, N, Hv].
+
+    Raises:
+      ValueError: for sizes that do not belong together, a mask or bias that could be read in two ways, and dropout
+        without a key.
+
+    >>> import jax.numpy as jnp
+    >>> shape = {"num_heads": 8, "in_features": 16, "decode": False}
+    >>> layer = nnx.MultiHeadAttention(**shape, attention_fn=attention_fn, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 5, 16))).shape
+    (2, 5, 16)
+    """
+    del broadcast_dropout
+    query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    out, weights = drop_in.of_flax(
+        "nnx.attention_fn", query, key, value, bias, mask,
+        is_causal=is_causal, dropout_key=dropout_rng, dropout_rate=0.0 if deterministic else dropout_rate,
+        precision=precision, weights=module is not None,
+    )  # fmt: skip
+    if module is not None:
+        module.sow(nnx.Intermediate, "attention_weights", weights.astype(query.dtype))
+    return out
 
 
 def functional(module: Any) -> Any:

@@ -16,7 +16,7 @@ LAYERS = [
     {"masks", "precision", "positions", "scores", "dropout", "norm", "mlp", "losses", "tree", "version"},
     {"kernels", "embedding", "checks"},
     {"attention"},
-    {"cache", "convert", "variants"},
+    {"cache", "convert", "drop_in", "variants"},
     {"block", "interventions"},
     {"transformer"},
     {"language_model", "translator", "encoder"},

@@ -1,6 +1,6 @@
 """Our attention in the place of others': `jax.nn`'s function and Flax's layers, which keep all but their kernel.
 
-The adapters are in drop_in/. What the tests of those libraries look at is looked at here, against the library itself
+What the tests of those libraries look at is looked at here, against the library itself
 where it is right; drop_in/test_tokamax.py and test_onnx.py do the same with two other yardsticks.
 """
 
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drop_in import of_flax, of_jax
 from flax import linen as nn
 from flax import nnx
 from reference import numbers
 
-from mhajax import masks
+from mhajax import drop_in, linen, masks
+from mhajax import nnx as our_nnx
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -83,16 +83,18 @@ def test_jax_nn(name):
     options = dict(options)
     bias = options.pop("bias", None)
 
-    inputs = *arrays(kv_heads, dtype), bias
-    paths: dict[str, Any] = {"dense": forward_and_back, "blockwise": jax.jit(forward_and_back, static_argnums=0)}
-    ours = {
-        kernel: run(partial(of_jax.dot_product_attention, implementation=kernel, **options), *inputs)
-        for kernel, run in paths.items()
-        if kernel == "dense" or name in BLOCKWISE
-    }
-    peer: Any = partial(forward_and_back, partial(jax_nn, **options))
-    theirs, exact = peer(*inputs), peer(*(a.astype(jnp.float32) for a in inputs[:3]), bias)
-    for got in ours.values():
+    @jax.jit
+    def run(q, k, v, bias):
+        paths = [
+            forward_and_back(partial(drop_in.dot_product_attention, implementation=kernel, **options), q, k, v, bias)
+            for kernel in (("dense", "blockwise") if name in BLOCKWISE else ("dense",))
+        ]
+        return paths, forward_and_back(partial(jax_nn, **options), q, k, v, bias)
+
+    inputs = arrays(kv_heads, dtype)
+    ours, theirs = run(*inputs, bias)
+    exact = run(*(a.astype(jnp.float32) for a in inputs), bias)[1] if dtype != "float32" else None
+    for got in ours:
         if dtype == "float32":
             near(got, theirs)
         else:
@@ -103,18 +105,18 @@ def test_jax_nn(name):
 def test_jax_nn_without_batch_and_with_residual():
     q, k, v = (a[1] for a in arrays())
     mask, bias = SEEN[1], numbers(3, N, T, S)
-    out, residual = of_jax.dot_product_attention(q, k, v, bias, mask, return_residual=True)
+    attend = jax.jit(drop_in.dot_product_attention, static_argnames="return_residual")
+    out, residual = attend(q, k, v, bias, mask, return_residual=True)
     near(out, jax_nn(q, k, v, bias, mask))
     logits = np.einsum("tnh,snh->nts", q, np.repeat(k, N // K, axis=1)) / np.sqrt(H) + bias
     near(residual, np.log(np.sum(np.exp(logits), axis=-1, where=mask)).T)
-    near(of_jax.dot_product_attention(q, k, v, key_value_seq_lengths=jnp.array([4])), jax_nn(
-        q, k[:4], v[:4]))  # fmt: skip
+    near(attend(q, k, v, key_value_seq_lengths=np.array([4])), jax_nn(q, k[:4], v[:4]))
 
 
 def test_jax_nn_mapped_over_examples_and_shared_arguments():
     q, k, v = arrays()
     bias, mask = numbers(4, B, N, T, S), SEEN[0, :1]
-    attend = of_jax.dot_product_attention
+    attend = drop_in.dot_product_attention
 
     @jax.jit
     def both(q, k, v):
@@ -132,25 +134,29 @@ def test_right_where_jax_nn_is_not(kernel):
     mask = np.array(SEEN)
     mask[:, :, 1] = False  # a query that sees nothing
     mask[:, :, :, 3] = False  # a key that nobody sees
-    attend: Any = partial(of_jax.dot_product_attention, implementation=kernel)
+    attend: Any = partial(drop_in.dot_product_attention, implementation=kernel)
     expected = jax_nn(q, np.delete(k, 3, 1), np.delete(v, 3, 1), mask=np.delete(mask, 3, -1))
     expected = expected.at[:, 1].set(0)
     k, v = k.at[:, 3].set(jnp.nan), v.at[:, 3].set(jnp.inf)
-    hidden = jnp.where(mask, 0.0, -jnp.inf)
-    for given in ({"mask": mask}, {"bias": hidden}):
-        near(attend(q, k, v, **given), expected)
-        grads = jax.grad(lambda *a, given=given: attend(*a, **given).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    @jax.jit
+    def run(q, k, v, **given):
+        (out, residual), back = jax.vjp(lambda *a: attend(*a, **given, return_residual=True), q, k, v)
+        return out, residual, back((jnp.ones_like(out), jnp.zeros_like(residual)))
+
+    for given in ({"mask": mask}, {"bias": np.where(mask, 0.0, -np.inf).astype(np.float32)}):
+        out, residual, grads = run(q, k, v, **given)
+        near(out, expected)
+        assert np.all(residual[:, 1] == -np.inf)
         assert all(np.isfinite(grad).all() for grad in grads)
         assert not np.any(grads[0][:, 1]) and not np.any(grads[1][:, 3]) and not np.any(grads[2][:, 3])
-    _, residual = attend(q, k, v, mask=mask, return_residual=True)
-    assert np.all(residual[:, 1] == -np.inf)
 
 
 def test_values_may_have_a_width_of_their_own_and_masks_need_not_be_arrays():
     q, k, _ = arrays()
     v = numbers(8, B, S, K, 13)
     mask = masks.causal() & masks.lengths(LENGTHS)
-    got = of_jax.dot_product_attention(q, k, v, mask=mask)
+    got = drop_in.dot_product_attention(q, k, v, mask=mask)
     for part in (slice(0, H), slice(13 - H, 13)):
         expected = jax_nn(q, k, v[..., part], is_causal=True, key_value_seq_lengths=LENGTHS)
         near(got[..., part], expected)
@@ -179,78 +185,107 @@ def linen_layer(**options: Any) -> Any:
     return nn.MultiHeadDotProductAttention(**LAYER, **options)
 
 
+def drawn(shapes: Any) -> Any:
+    """Arrays of these shapes; no initialiser is compiled."""
+    leaves, structure = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(structure, [0.3 * numbers(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])
+
+
+VARIABLES = drawn(jax.eval_shape(linen_layer().init, jax.random.key(0), np.ones((B, T, D), np.float32)))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_linen_layer_with_our_kernel(name):
     options, inputs, mask = LAYERS[name]
     theirs = linen_layer(**options)
-    ours = theirs.clone(attention_fn=of_flax.linen_attention)
-    variables = theirs.init(jax.random.key(0), *inputs)
-    assert jax.tree.structure(jax.eval_shape(ours.init, jax.random.key(0), *inputs)) == jax.tree.structure(variables)
+    ours = theirs.clone(attention_fn=linen.attention_fn)
+    shapes = jax.eval_shape(theirs.init, jax.random.key(0), *inputs)
+    assert jax.eval_shape(ours.init, jax.random.key(0), *inputs) == shapes
+    variables = drawn(shapes)
 
-    def run(layer):
+    def run(layer, variables, inputs):
         out, back = jax.vjp(lambda *a: layer.apply(a[0], *a[1], mask=mask), variables, inputs)
         return out, back(jnp.asarray(numbers(14, *out.shape)))
 
-    near(run(ours), run(theirs), tolerance=5e-6)
+    near(*jax.jit(lambda *a: (run(ours, *a), run(theirs, *a)))(variables, inputs), tolerance=5e-6)
 
 
 def test_a_linen_layer_in_half_precision():
     """Flax's own softmax is in bfloat16; ours errs at most as much."""
-    theirs = linen_layer()
-    variables = theirs.init(jax.random.key(0), X)
-    exact = theirs.apply(variables, X, mask=CAUSAL)
-    theirs = theirs.clone(dtype=jnp.bfloat16)
-    ours = theirs.clone(attention_fn=of_flax.linen_attention)
-    error = lambda layer: np.abs(layer.apply(variables, X, mask=CAUSAL).astype(jnp.float32) - exact).max()  # noqa: E731
-    assert ours.apply(variables, X).dtype == jnp.bfloat16
-    assert error(ours) <= 2 * error(theirs) + 1e-5
+    exact = linen_layer()
+    theirs = exact.clone(dtype=jnp.bfloat16)
+    ours = theirs.clone(attention_fn=linen.attention_fn)
+    run = jax.jit(lambda variables: [layer.apply(variables, X, mask=CAUSAL) for layer in (ours, theirs, exact)])
+    mine, other, truth = run(VARIABLES)
+    assert mine.dtype == jnp.bfloat16
+    error, allowed = (np.abs(a.astype(jnp.float32) - truth).max() for a in (mine, other))
+    assert error <= 2 * allowed + 1e-5
 
 
 def test_a_linen_layer_shows_its_weights_and_stays_as_it_is():
     layer = linen_layer()
-    ours = layer.clone(attention_fn=of_flax.linen_attention)
-    variables = layer.init(jax.random.key(0), X)
-    sow = dict(mask=CAUSAL, sow_weights=True, mutable=["intermediates"])
-    (out, shown), (_, expected) = (a.apply(variables, X, **sow) for a in (ours, layer))
+    ours = layer.clone(attention_fn=linen.attention_fn)
+    sow: Any = dict(mask=CAUSAL, sow_weights=True, mutable=["intermediates"])
+    show = jax.jit(lambda variables: [a.apply(variables, X, **sow) for a in (ours, layer)])
+    (out, shown), (_, expected) = show(VARIABLES)
     near(shown["intermediates"]["attention_weights"], expected["intermediates"]["attention_weights"])
-    np.testing.assert_array_equal(out, ours.apply(variables, X, mask=CAUSAL))
+    np.testing.assert_array_equal(out, jax.jit(ours.apply)(VARIABLES, X, mask=CAUSAL))
     half = ours.clone(dtype=jnp.bfloat16)
     for forced, dtype in ((False, jnp.bfloat16), (True, jnp.float32)):
-        shown = half.clone(force_fp32_for_softmax=forced).apply(variables, X, **sow)[1]["intermediates"]
+        forced = partial(half.clone(force_fp32_for_softmax=forced).apply, **sow)
+        shown = jax.eval_shape(forced, VARIABLES, X)[1]["intermediates"]
         assert shown["attention_weights"][0].dtype == dtype
 
 
 def test_a_linen_layer_decodes_from_its_own_cache():
     """Token by token: Flax's cache, our kernel, equal to Flax's layer on the whole text."""
     whole = linen_layer()
-    step = whole.clone(decode=True, attention_fn=of_flax.linen_attention)
-    variables = step.init(jax.random.key(0), X)
+    step = whole.clone(decode=True, attention_fn=linen.attention_fn)
+    shapes = jax.eval_shape(step.init, jax.random.key(0), X)["cache"]
 
     def one(cache, token):
-        out, changed = step.apply({"params": variables["params"], "cache": cache}, token[:, None], mutable=["cache"])
+        out, changed = step.apply({**VARIABLES, "cache": cache}, token[:, None], mutable=["cache"])
         return changed["cache"], out[:, 0]
 
-    _, out = jax.jit(partial(jax.lax.scan, one))(variables["cache"], jnp.swapaxes(X, 0, 1))
-    expected = whole.apply({"params": variables["params"]}, X, mask=CAUSAL)
+    @jax.jit
+    def both(tokens):
+        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        return jax.lax.scan(one, empty, tokens)[1], whole.apply(VARIABLES, X, mask=CAUSAL)
+
+    out, expected = both(np.swapaxes(X, 0, 1))
     near(jnp.swapaxes(out, 0, 1), expected, tolerance=5e-6)
 
 
+def test_a_linen_layer_needs_memory_that_grows_with_its_length():
+    long = jax.ShapeDtypeStruct((1, 2048, D), jnp.float32)
+
+    def needed(layer):
+        loss = jax.grad(lambda variables, x: layer.apply(variables, x).sum())
+        return jax.jit(loss).lower(VARIABLES, long).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * LAYER["num_heads"] * 2048**2
+    assert needed(linen_layer(attention_fn=linen.attention_fn)) < logits / 4 < logits <= needed(linen_layer())
+
+
 def test_no_gradient_from_the_future():
-    layer = linen_layer(attention_fn=of_flax.linen_attention)
-    variables = layer.init(jax.random.key(0), X)
-    reached = jax.jit(jax.jacobian(lambda x: layer.apply(variables, x, mask=CAUSAL[:1]).sum(-1)))(X[:1])[0, :, 0]
+    layer = linen_layer(attention_fn=linen.attention_fn)
+    reached = jax.jit(jax.jacobian(lambda x: layer.apply(VARIABLES, x, mask=CAUSAL[:1]).sum(-1)))(X[:1])[0, :, 0]
     np.testing.assert_array_equal(np.any(reached != 0, axis=-1), np.tril(np.ones((T, T), bool)))
 
 
 RATE, WIDE = 0.3, 61
 
 
-@pytest.mark.parametrize("attention", [of_flax.linen_attention, of_flax.nnx_attention])
+@pytest.mark.parametrize("attention", [linen.attention_fn, our_nnx.attention_fn])
 def test_dropout_drops_its_share_and_keeps_the_mean(attention):
     """With the unit vectors as values the output is the weights: here all 1/S, dropped or divided by what is kept."""
     q, k = np.zeros((2, WIDE, 2, 1)), np.zeros((2, WIDE, 2, 1))
     v = np.broadcast_to(np.eye(WIDE)[None, :, None], (2, WIDE, 2, WIDE)).astype(np.float32)
-    draw = lambda key, **more: attention(q, k, v, dropout_rng=key, dropout_rate=RATE, **more)  # noqa: E731
+
+    @partial(jax.jit, static_argnames="deterministic")
+    def draw(key, deterministic=False):
+        return attention(q, k, v, dropout_rng=key, dropout_rate=RATE, deterministic=deterministic)
+
     weights = np.asarray(draw(jax.random.key(1)))
     kept = weights > 0
     np.testing.assert_allclose(weights[kept], 1 / WIDE / (1 - RATE), rtol=1e-5)
@@ -265,11 +300,10 @@ def test_dropout_drops_its_share_and_keeps_the_mean(attention):
 
 def test_a_linen_layer_drops_while_it_trains():
     """Linen leaves out arguments that an attention_fn does not name, so a layer could lose its dropout in silence."""
-    layer = linen_layer(dropout_rate=0.5, attention_fn=of_flax.linen_attention)
-    variables = layer.init(jax.random.key(0), X, deterministic=True)
-    still = layer.apply(variables, X, deterministic=True)
-    near(still, layer.clone(dropout_rate=0.0).apply(variables, X))
-    train = jax.jit(lambda key: layer.apply(variables, X, deterministic=False, rngs={"dropout": key}))
+    layer = linen_layer(dropout_rate=0.5, attention_fn=linen.attention_fn)
+    still = layer.apply(VARIABLES, X, deterministic=True)
+    near(still, layer.clone(dropout_rate=0.0).apply(VARIABLES, X))
+    train = jax.jit(lambda key: layer.apply(VARIABLES, X, deterministic=False, rngs={"dropout": key}))
     np.testing.assert_array_equal(train(jax.random.key(1)), train(jax.random.key(1)))
     draws = np.stack([train(key) for key in jax.random.split(jax.random.key(2), 400)])
     spread = draws.std(axis=0)
@@ -301,22 +335,23 @@ def nnx_layer(**options: Any) -> nnx.MultiHeadAttention:
 @pytest.mark.parametrize("name", NNX_LAYERS)
 def test_an_nnx_layer_with_our_kernel(name):
     options, inputs, call = NNX_LAYERS[name]
-    layer, ours = nnx_layer(**options), nnx_layer(**options, attention_fn=of_flax.nnx_attention)
+    layer, ours = nnx_layer(**options), nnx_layer(**options, attention_fn=our_nnx.attention_fn)
     theirs, params = nnx.split(layer)
     ours, same = nnx.split(ours)
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
-    def run(graph):
+    def run(graph, params, inputs):
         out, back = jax.vjp(lambda *a: nnx.merge(graph, a[0])(*a[1], **call), params, inputs)
         return out, back(jnp.asarray(numbers(14, *out.shape)))
 
-    (out, grads), (expected, expected_grads) = run(ours), run(theirs)
+    both = jax.jit(lambda *a: (run(ours, *a), run(theirs, *a)))
+    (out, grads), (expected, expected_grads) = both(params, inputs)
     near(out, expected, tolerance=5e-6)
     near(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), tolerance=5e-6)
 
 
 def test_an_nnx_layer_shows_its_weights_and_stays_as_it_is():
-    layer, ours = nnx_layer(), nnx_layer(attention_fn=of_flax.nnx_attention)
+    layer, ours = nnx_layer(), nnx_layer(attention_fn=our_nnx.attention_fn)
     out = ours(X, mask=CAUSAL)
     np.testing.assert_array_equal(ours(X, mask=CAUSAL, sow_weights=True), out)
     layer(X, mask=CAUSAL, sow_weights=True)
@@ -326,7 +361,7 @@ def test_an_nnx_layer_shows_its_weights_and_stays_as_it_is():
 
 
 def test_an_nnx_layer_decodes_from_its_own_cache():
-    whole, step = nnx_layer(**GROUPED), nnx_layer(**GROUPED, attention_fn=of_flax.nnx_attention, decode=True)
+    whole, step = nnx_layer(**GROUPED), nnx_layer(**GROUPED, attention_fn=our_nnx.attention_fn, decode=True)
     step.init_cache(X.shape)
     one = nnx.jit(lambda step, token: step(token))
     out = np.concatenate([one(step, X[:, t : t + 1]) for t in range(T)], axis=1)
@@ -334,14 +369,14 @@ def test_an_nnx_layer_decodes_from_its_own_cache():
 
 
 def test_an_nnx_layer_drops_while_it_trains():
-    layer = nnx_layer(attention_fn=of_flax.nnx_attention, dropout_rate=0.5)
+    layer = nnx_layer(attention_fn=our_nnx.attention_fn, dropout_rate=0.5)
     still = layer(X, deterministic=True)
     near(still, nnx_layer()(X))
     first, second = layer(X, deterministic=False), layer(X, deterministic=False)
     assert np.any(first != still) and np.any(first != second)
 
 
-@pytest.mark.parametrize("attention", [of_flax.linen_attention, of_flax.nnx_attention])
+@pytest.mark.parametrize("attention", [linen.attention_fn, our_nnx.attention_fn])
 def test_a_precision_that_was_asked_for_is_in_every_product(attention, monkeypatch):
     """On an accelerator, also in those of the gradient."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
@@ -352,23 +387,23 @@ def test_a_precision_that_was_asked_for_is_in_every_product(attention, monkeypat
 
 
 Q, KEYS, V = (np.ones(shape, np.float32) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
-linen, of_nn = of_flax.linen_attention, of_jax.dot_product_attention
+linen_fn, of_nn = linen.attention_fn, drop_in.dot_product_attention
 # what is done: (the function, its arguments, what the message must hold)
 ERRORS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], tuple[str, ...]]] = {
     "mask of three axes": (of_nn, (Q, KEYS, V), {"mask": SEEN[:, 0]}, ("mask must have 4 axes", "(3, 5, 7)", "[None]")),
-    "Flax's too": (linen, (Q, KEYS, V), {"mask": SEEN[:, 0]}, ("mask must have 4 axes", "(3, 5, 7)", "[:, None]")),
+    "Flax's too": (linen_fn, (Q, KEYS, V), {"mask": SEEN[:, 0]}, ("mask must have 4 axes", "(3, 5, 7)", "[:, None]")),
     "bias of three axes": (of_nn, (Q, KEYS, V), {"bias": numbers(1, N, T, S)}, ("bias must have 4 axes", "(6, 5, 7)")),
     "heads before tokens": (of_nn, (Q.swapaxes(1, 2), KEYS, V), {}, ("multiple", "(3, 6, 5, 11)", "(3, 7, 2, 11)")),
-    "ranks": (linen, (Q, KEYS[0], V), {}, ("same rank", "(7, 2, 11)")),
-    "examples": (linen, (Q, KEYS[:2], V[:2]), {}, ("batch dims", "(2, 7, 2, 11)")),
-    "lengths": (linen, (Q, KEYS, V[:, 1:]), {}, ("lengths must match", "(3, 6, 2, 11)")),
-    "widths": (linen, (Q, KEYS[..., 1:], V), {}, ("depths must match", "(3, 7, 2, 10)")),
+    "ranks": (linen_fn, (Q, KEYS[0], V), {}, ("same rank", "(7, 2, 11)")),
+    "examples": (linen_fn, (Q, KEYS[:2], V[:2]), {}, ("batch dims", "(2, 7, 2, 11)")),
+    "lengths": (linen_fn, (Q, KEYS, V[:, 1:]), {}, ("lengths must match", "(3, 6, 2, 11)")),
+    "widths": (linen_fn, (Q, KEYS[..., 1:], V), {}, ("depths must match", "(3, 7, 2, 10)")),
     "five axes": (of_nn, (Q[None], KEYS[None], V[None]), {}, ("[B, T, N, H] or [T, N, H]", "jax.vmap")),
     "lengths of others": (of_nn, (Q, KEYS, V), {"key_value_seq_lengths": np.array([1])}, ("[B] = (3,)", "(1,)")),
     "a path of other platforms": (of_nn, (Q, KEYS, V), {"implementation": "cudnn"}, ("cudnn", "GPU", "dense")),
-    "products": (linen, (Q, KEYS, V), {"einsum_dot_general": jax.lax.dot_general}, ("einsum_dot_general", "None")),
-    "one product": (linen, (Q, KEYS, V), {"qk_attn_weights_einsum": jnp.einsum}, ("qk_attn_weights_einsum",)),
-    "the other": (linen, (Q, KEYS, V), {"attn_weights_value_einsum": jnp.einsum}, ("attn_weights_value_einsum",)),
+    "products": (linen_fn, (Q, KEYS, V), {"einsum_dot_general": jax.lax.dot_general}, ("einsum_dot_general", "None")),
+    "one product": (linen_fn, (Q, KEYS, V), {"qk_attn_weights_einsum": jnp.einsum}, ("qk_attn_weights_einsum",)),
+    "the other": (linen_fn, (Q, KEYS, V), {"attn_weights_value_einsum": jnp.einsum}, ("attn_weights_value_einsum",)),
 }
 
 
@@ -384,8 +419,8 @@ def test_every_argument_of_the_original_has_a_place():
     """Linen drops what a signature does not name, so none may be missing."""
     for original, adapter in (
         (jax_nn, of_nn),
-        (nn.dot_product_attention, linen),
-        (nnx.dot_product_attention, of_flax.nnx_attention),
+        (nn.dot_product_attention, linen_fn),
+        (nnx.dot_product_attention, our_nnx.attention_fn),
     ):
         theirs, ours = (inspect.signature(f).parameters for f in (original, adapter))
         assert [name for name in theirs if name not in ours] == []

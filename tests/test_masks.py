@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mhajax import masks
+from mhajax import attention, kernels, masks
+from mhajax.kernels import blockwise, dense
 from mhajax.masks import Tokens
 
 B, N, T, S = 2, 3, 5, 7
@@ -259,6 +260,49 @@ def test_errors_say_what_was_expected_and_what_came(name):
     with pytest.raises(kind) as caught:
         do()
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+# JAX can be told to refuse operands of different ranks; it finds them while it traces.
+PLACES = [masks.tokens(size, jnp.asarray(np.arange(B)[:, None] + np.arange(size))) for size in (T, S)]
+
+
+@pytest.mark.parametrize("name", TRUTH)
+@jax.numpy_rank_promotion("raise")
+def test_a_mask_broadcasts_no_rank(name):
+    def said(mask, *tokens):
+        return mask.block(*tokens), mask.tiles(*tokens, 2, 3)
+
+    for places in (PLACES, (PLACES[0], masks.tokens(S)), (masks.tokens(T), PLACES[1])):
+        jax.make_jaxpr(said)(TRUTH[name][0], *places)
+        jax.make_jaxpr(lambda *places: said(TRUTH[name][0], *places))(*places)
+
+
+@pytest.mark.parametrize("path", ["dense", "blockwise"])
+@pytest.mark.parametrize("name", ["causal", "and", "or", "per head", "segments", "prefix per example"])
+@jax.numpy_rank_promotion("raise")
+def test_kernels_broadcast_no_rank(name, path):
+    attend: Any = dense.attend if path == "dense" else partial(blockwise.attend, tiling=kernels.Tiling(3, 2, 3))
+    options = dict(bias=jnp.ones((1, N, 1, S)), scale=0.3, dropout_rate=0.3, dropout_key=jax.random.key(0))
+
+    def loss(qkv, mask, places):
+        heads, sums = attend(*qkv, mask=mask, queries=places[0], keys=places[1], **options)
+        return heads.sum() + sums.sum()
+
+    qkv = jnp.ones((B, N, T, 4)), jnp.ones((B, N, S, 4)), jnp.ones((B, N, S, 2))
+    for places in (PLACES, [masks.tokens(T), masks.tokens(S)]):
+        jax.make_jaxpr(jax.grad(loss))(qkv, TRUTH[name][0], places)
+
+
+@jax.numpy_rank_promotion("raise")
+def test_attention_broadcasts_no_rank():
+    config = attention.Config(d_model=6, num_heads=N, use_bias=True)
+    params = jax.eval_shape(partial(attention.init_params, config=config), jax.random.key(0))
+    x, memory = jax.ShapeDtypeStruct((B, T, 6), jnp.float32), jax.ShapeDtypeStruct((B, S, 6), jnp.float32)
+    for gates, mask in ((None, None), (jnp.ones(N), "and"), (jnp.ones((B, N)), "or")):
+        options: Any = {} if mask is None else {"mask": TRUTH[mask][0], "bias": jnp.ones((T, S))}
+        run = partial(attention.apply_captured, config=config, gates=gates, capture=attention.CAPTURES, **options)
+        out, _ = jax.eval_shape(lambda p, x, memory, run=run: run(p, x, memory=memory), params, x, memory)
+        assert out.shape == (B, T, 6)
 
 
 def test_a_new_mask_defines_one_thing():

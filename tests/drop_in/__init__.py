@@ -1,1 +1,1 @@
-"""Our attention behind the signatures of other libraries."""
+"""Our attention behind the signature of a library that is only a yardstick."""

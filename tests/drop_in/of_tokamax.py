@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from drop_in.layout import heads_first
 from mhajax import kernels, masks, scores
+from mhajax.drop_in import heads_first
 from mhajax.masks import tokens
 
 
