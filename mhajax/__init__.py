@@ -7,10 +7,14 @@
 A map of the package:
 
     attention       project → attend → concatenate → combine: Config, Params, init_params, apply
-    masks           who may look at whom: causal, lengths, segments, dense; & | ~
-    positions       rotary, sinusoids: functions handed to attention or added to embeddings
-    kernels         softmax(q kᵀ) v for given q, k, v
+    masks           who may look at whom: causal, window, prefix, chunk, segments, lengths, dense, your own; & | ~
+    scores          what happens to a logit before the softmax: ALiBi, T5 and relative biases, soft cap, your own
+    positions       rotary and its scalings, sinusoids: functions handed to attention or added to embeddings
+    kernels         softmax(q kᵀ) v for given q, k, v: `attend`, and `explain`, which says how it is computed here
     cache           keys and values already seen
+    variants        QK norm, gated output, sinks, differential, talking heads, sigmoid (import them by name)
+    convert         parameters from and to Flax, Haiku, Equinox and torch
+    drop_in         `jax.nn.dot_product_attention`, by our kernels
     norm, mlp, block, transformer, embedding, language_model, translator
                     the models, each with Config, Params, init_params, apply
     decoding        greedy, sampling and beam search
@@ -23,7 +27,20 @@ Notation, everywhere: B batch, T queries, S keys, N query heads, K key/value hea
 V vocabulary, L layers. H is not "heads".
 """
 
-from mhajax import attention, cache, decoding, language_model, losses, masks, positions, translator
+from mhajax import (
+    attention,
+    cache,
+    convert,
+    decoding,
+    drop_in,
+    kernels,
+    language_model,
+    losses,
+    masks,
+    positions,
+    scores,
+    translator,
+)
 from mhajax.attention import Config as AttentionConfig
 from mhajax.attention import Params as AttentionParams
 from mhajax.attention import apply, apply_captured, init_params
@@ -37,11 +54,15 @@ __all__ = [
     "apply_captured",
     "attention",
     "cache",
+    "convert",
     "decoding",
+    "drop_in",
     "init_params",
+    "kernels",
     "language_model",
     "losses",
     "masks",
     "positions",
+    "scores",
     "translator",
 ]

@@ -9,13 +9,15 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 def test_the_example_runs_and_is_what_it_says():
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     names: dict = {}
-    exec(example, names)
+    for example in re.findall(r"```python\n(.*?)```", README, flags=re.S):
+        exec(example, names)
     assert names["y"].shape == (2, 10, 64) and names["without"].shape == (8, 2, 10, 64)
     assert names["seeds"].w_q.shape == (5, 8, 64, 8)
     assert names["grads"].w_o.shape == (8, 8, 64)
     assert np.isfinite(names["seen"]["weights"]).all()
+    assert names["slope"].shape == (8, 33) and np.abs(names["slope"]).max() > 0
+    assert names["state"].length == 10 and names["theirs"]["in_proj_weight"].shape == (192, 64)
 
 
 def test_every_config_is_in_the_table_and_every_linked_file_is_there():

@@ -59,7 +59,7 @@ class Choice(NamedTuple):
         if self.tiling is not None:
             items, rows, columns = self.tiling
             share = "" if self.visited is None else f"; {self.visited:.0%} of the tiles are visited"
-            lines.append(f"  {items} heads at a time, tiles of {rows} queries × {columns} keys{share}")
+            lines.append(f"  {items} head{'s' * (items > 1)} at a time, tiles of {rows} queries × {columns} keys{share}")
         return "\n".join([*lines, *(f"not {name}: {why}" for name, why in self.others.items())])
 
 
