@@ -59,7 +59,8 @@ class Choice(NamedTuple):
         if self.tiling is not None:
             items, rows, columns = self.tiling
             share = "" if self.visited is None else f"; {self.visited:.0%} of the tiles are visited"
-            lines.append(f"  {items} head{'s' * (items > 1)} at a time, tiles of {rows} queries × {columns} keys{share}")
+            heads = "one head" if items == 1 else f"{items} heads"
+            lines.append(f"  {heads} at a time, tiles of {rows} queries × {columns} keys{share}")
         return "\n".join([*lines, *(f"not {name}: {why}" for name, why in self.others.items())])
 
 
