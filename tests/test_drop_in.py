@@ -58,7 +58,17 @@ OPTIONS: dict[str, tuple[dict[str, Any], int, str]] = {
     "bfloat16": ({"mask": SEEN, "is_causal": True}, K, "bfloat16"),
 }
 BLOCKWISE = ("all", "lengths of both", "bfloat16")  # the others cost a program each, and test_kernels.py has them
-SAID_BY_OTHERS = ("nothing", "grouped", "scale", "mask", "mask of examples", "bias", "window", "lengths of keys")
+SAID_BY_OTHERS = (
+    "nothing",
+    "grouped",
+    "one head of keys",
+    "scale",
+    "mask",
+    "mask of examples",
+    "bias",
+    "window",
+    "lengths of keys",
+)
 
 
 def cases(table: dict[str, Any], slow: tuple[str, ...]) -> list[Any]:
@@ -115,10 +125,10 @@ def test_jax_nn_without_batch_and_with_residual():
     mask, bias = SEEN[1], numbers(3, N, T, S)
     attend = jax.jit(drop_in.dot_product_attention, static_argnames="return_residual")
     out, residual = attend(q, k, v, bias, mask, return_residual=True)
-    near(out, jax_nn(q, k, v, bias, mask))
+    near(out, jax.jit(jax_nn)(q, k, v, bias, mask))
     logits = np.einsum("tnh,snh->nts", q, np.repeat(k, N // K, axis=1)) / np.sqrt(H) + bias
     near(residual, np.log(np.sum(np.exp(logits), axis=-1, where=mask)).T)
-    near(attend(q, k, v, key_value_seq_lengths=np.array([4])), jax_nn(q, k[:4], v[:4]))
+    near(attend(q, k, v, key_value_seq_lengths=np.array([4])), jax.jit(jax_nn)(q, k[:4], v[:4]))
 
 
 def test_jax_nn_mapped_over_examples_and_shared_arguments():
@@ -143,8 +153,8 @@ def test_right_where_jax_nn_is_not(kernel):
     mask[:, :, 1] = False  # a query that sees nothing
     mask[:, :, :, 3] = False  # a key that nobody sees
     attend: Any = partial(drop_in.dot_product_attention, implementation=kernel)
-    expected = jax_nn(q, np.delete(k, 3, 1), np.delete(v, 3, 1), mask=np.delete(mask, 3, -1))
-    expected = expected.at[:, 1].set(0)
+    theirs = jax.jit(lambda q, k, v: jax_nn(q, k, v, mask=np.delete(mask, 3, -1)).at[:, 1].set(0))
+    expected = theirs(q, np.delete(k, 3, 1), np.delete(v, 3, 1))
     k, v = k.at[:, 3].set(jnp.nan), v.at[:, 3].set(jnp.inf)
 
     @jax.jit
@@ -202,7 +212,10 @@ def drawn(shapes: Any) -> Any:
 VARIABLES = drawn(jax.eval_shape(linen_layer().init, jax.random.key(0), np.ones((B, T, D), np.float32)))
 
 
-@pytest.mark.parametrize("name", cases(LAYERS, slow=("self", "values of another stream", "products of precision")))
+@pytest.mark.parametrize(
+    "name",
+    cases(LAYERS, slow=("self", "values of another stream", "normalised queries and keys", "products of precision")),
+)
 def test_a_linen_layer_with_our_kernel(name):
     options, inputs, mask = LAYERS[name]
     theirs = linen_layer(**options)
