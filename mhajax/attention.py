@@ -255,7 +255,7 @@ def keys_values(
     k = _project(memory, params.w_k, params.b_k, masked)
     v = _project(memory, params.w_v, params.b_v, masked)
     if rotate is not None:
-        k = rotate(k, _with_heads(positions, memory.shape[-2]))
+        k = _rotated(rotate, k, _with_heads(positions, memory.shape[-2]), masked)
     return KeysValues(k, v)
 
 
@@ -308,7 +308,7 @@ def apply_to(
     masked = mask is not None or bias is not None
     q = _project(x, params.w_q, params.b_q, masked)
     if rotate is not None:
-        q = rotate(q, _with_heads(positions, x.shape[-2]))
+        q = _rotated(rotate, q, _with_heads(positions, x.shape[-2]), masked)
     heads, captured = kernels.attend(
         q, answers.k, answers.v,
         mask=mask, bias=bias, score=score, kernel=kernel, queries=queries,
@@ -348,6 +348,14 @@ def _project(x: Array, weights: Array, bias: Array | None, masked: bool) -> Arra
     given = jnp.broadcast_to(x, (weights.shape[0], *x.shape)) if few else x
     axes = (0 if few else None, 0, None if bias is None else 0)
     return jax.vmap(one_head, in_axes=axes, out_axes=-3)(given, weights, bias)
+
+
+def _rotated(rotate: Callable[[Array, Array], Array], x: Array, positions: Array, masked: bool) -> Array:
+    """The function of a user, whose derivative never sees what is not finite: such tokens are marked after it."""
+    if not masked:
+        return rotate(x, positions)
+    spoilt = ~jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+    return jnp.where(spoilt, jnp.nan, rotate(jnp.where(spoilt, 0, x), positions))
 
 
 def _plus(x: Array, bias: Array) -> Array:

@@ -42,7 +42,8 @@ def look(
     if options.get("mask") is None and options.get("bias") is None:
         return seen, None
     spoilt = jnp.any(jnp.isnan(seen[capture[0]]), axis=(-3, -1))
-    return {name: jnp.where(jnp.isnan(array), 0, array) for name, array in seen.items()}, spoilt
+    bad = lambda name, a: jnp.isnan(a) if name == "logits" else ~jnp.isfinite(a)  # noqa: E731 - a mask is -inf
+    return {name: jnp.where(bad(name, array), 0, array) for name, array in seen.items()}, spoilt
 
 
 def pairs(
