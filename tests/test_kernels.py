@@ -171,9 +171,10 @@ def test_the_choice_prints_itself():
     heads = [jax.ShapeDtypeStruct((1, 8, 4096, 64), jnp.float32)] * 3
     chosen = kernels.explain(*heads, mask=masks.causal(), platform="cpu")
     items, rows, columns = chosen.tiling
+    many = "one head" if items == 1 else f"{items} heads"
     assert str(chosen).splitlines() == [
         f"blockwise: {chosen.why}",
-        f"  {items} heads at a time, tiles of {rows} queries × {columns} keys; {chosen.visited:.0%} of the tiles are "
+        f"  {many} at a time, tiles of {rows} queries × {columns} keys; {chosen.visited:.0%} of the tiles are "
         "visited",
         *(f"not {name}: {why}" for name, why in chosen.others.items()),
     ]  # fmt: skip
