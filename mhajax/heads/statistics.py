@@ -5,7 +5,31 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from jax import Array
 from numpy.typing import ArrayLike
+
+
+class Tally(NamedTuple):
+    """What a measure of heads found in some sentences, before it is divided and given an interval by `estimate`.
+
+    Attributes:
+      total: sum of the measure over what was measured in a sentence (queries, tokens), [..., sentences, ...].
+      count: how many were summed, broadcasts to `total`.
+      baseline: what `total` would be for the baseline of the measure, broadcasts to `total`.
+    """
+
+    total: Array | np.ndarray
+    count: Array | np.ndarray
+    baseline: Array | np.ndarray
+
+
+class Measure(NamedTuple):
+    """A value, its 95 % interval, and the value of the baseline; arrays of the same shape."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    baseline: np.ndarray
 
 
 class Estimate(NamedTuple):
