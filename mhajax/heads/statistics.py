@@ -1,4 +1,8 @@
-"""Numbers with intervals."""
+"""From what was counted in sentences to numbers with intervals.
+
+A measure gives a `Tally`; `estimate` makes of it a `Measure`: value, interval, baseline; `difference` does it for value
+minus baseline; `select_and_report` for the best of many heads, chosen and reported on different sentences.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
+from scipy import stats
 
 
 class Tally(NamedTuple):
@@ -24,12 +29,100 @@ class Tally(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A value, its 95 % interval, and the value of the baseline; arrays of the same shape."""
+    """A value, its interval (95 % unless another level was asked for), and the value of the baseline; same shapes."""
 
     value: np.ndarray
     low: np.ndarray
     high: np.ndarray
     baseline: np.ndarray
+
+
+def estimate(
+    tally: Tally,
+    *,
+    axis: int | tuple[int, int] = 0,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Measure:
+    """Σ total / Σ count over sentences, or the mean of that over seeds, with an interval and the baseline.
+
+    The interval is for sentences (and seeds) like these, of which these are a sample. Its width comes from the
+    jackknife: how much the value moves when one sentence is left out; with seeds, when one seed is, plus when one
+    sentence is left out of all seeds (they may share their sentences or not), with Student's t for that few. Two forms:
+
+    - A share, that is a measure whose total lies between 0 and count in every sentence: Clopper and Pearson's
+      interval for the number of independent answers that would be as uncertain (Korn and Graubard). What is 0 % or
+      100 % in every sentence, or the same in all, has the width that the number of sentences allows.
+    - Anything else (distances, norms, losses): a bootstrap, nested in seeds, stretched to that width. It gives the
+      shape: longer on the side of the tail.
+
+    A plain percentile bootstrap over 5 seeds that are drawn from a normal distribution covers the truth 83 times in
+    100, Hesterberg's expanded percentiles 91 times, this 95 times; tests/test_statistics.py counts it.
+
+    Args:
+      tally: of any measure. Sentences with count 0 count for nothing.
+      axis: of the sentences; or (seed axis, sentence axis). For measures of weights alone, the axis of the seeds. The
+        other axes (layers, heads) are kept, each with its own interval.
+      resamples: of the bootstrap.
+      seed: of the bootstrap.
+      level: of the interval.
+
+    Returns:
+      A Measure of the other axes. NaN where nothing is counted; `low` and `high` are NaN too where only one sentence
+      (or seed) counts, from which no interval follows.
+
+    Raises:
+      ValueError: axis is not in the tally, or has fewer than two sentences or seeds.
+
+    Example:
+      >>> import numpy as np
+      >>> tally = Tally(total=np.array([[3, 4], [2, 4], [4, 4]]), count=np.array(4), baseline=np.array(1))
+      >>> found = estimate(tally, axis=0)  # 3 sentences, 2 heads
+      >>> found.value.tolist(), found.baseline.tolist()
+      ([0.75, 1.0], [0.25, 0.25])
+      >>> np.round(found.low, 2).tolist(), found.high.tolist()[1]  # 3 sentences say little
+      ([0.05, 0.29], 1.0)
+
+    References:
+      Korn & Graubard 1998, "Confidence Intervals for Proportions with Small Expected Number of Positive Counts
+      Estimated from Survey Data". Hesterberg 2015, "What Teachers Should Know about the Bootstrap", section 5.
+      Owen 2007, "The Pigeonhole Bootstrap" (seeds and sentences both drawn). Cameron, Gelbach & Miller 2011, "Robust
+      Inference with Multiway Clustering" (the sum of the two variances).
+    """
+    total, count, baseline = _arrays("estimate", tally, axis)
+    share = _is_share(total, count)
+    bounds = np.where(share, 0.0, -np.inf), np.where(share, 1.0, np.inf)
+    value, low, high = _interval(total, count, bounds, level, resamples, seed)
+    return _shaped(tally, axis, value, low, high, _mean_ratio(baseline, count))
+
+
+def difference(
+    tally: Tally,
+    *,
+    axis: int | tuple[int, int] = 0,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Measure:
+    """Value minus baseline, with the interval of that difference; the baseline of it is 0.
+
+    Head and baseline were measured on the same sentences, so what makes a sentence easy for both is not in the width:
+    that two intervals of `estimate` overlap says nothing, that this one leaves out 0 does.
+
+    Args, Returns, Raises: as `estimate`. The difference of two shares lies between -1 and 1.
+
+    Example:
+      >>> import numpy as np
+      >>> tally = Tally(total=np.array([3, 2, 4, 4]), count=np.array(4), baseline=np.array([2, 1, 3, 3]))
+      >>> difference(tally).value.item()
+      0.25
+    """
+    total, count, baseline = _arrays("difference", tally, axis)
+    share = _is_share(total, count) & _is_share(baseline, count)
+    bounds = np.where(share, -1.0, -np.inf), np.where(share, 1.0, np.inf)
+    value, low, high = _interval(total - baseline, count, bounds, level, resamples, seed)
+    return _shaped(tally, axis, value, low, high, np.where(np.isnan(value), np.nan, 0.0))
 
 
 class Estimate(NamedTuple):
@@ -66,3 +159,160 @@ def ratio(sums: ArrayLike, counts: ArrayLike, *, resamples: int = 1000, seed: in
         samples = np.where(np.isnan(samples), value.ravel(), samples)  # a resample that drew no question says nothing
         low, high = np.percentile(samples, [2.5, 97.5], axis=0).reshape(2, *value.shape)
     return Estimate(value, low, high)
+
+
+def _arrays(who: str, tally: Tally, axis: int | tuple[int, int]) -> list[np.ndarray]:
+    """total, count and baseline as [seeds, sentences, everything else]; without a seed axis, one seed."""
+    arrays = np.broadcast_arrays(*(np.asarray(part, float) for part in tally))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    shape = arrays[0].shape
+    if (
+        len(axes) > 2
+        or any(not -len(shape) <= a < len(shape) for a in axes)
+        or len({a % len(shape) for a in axes}) < len(axes)
+    ):
+        raise ValueError(
+            f"statistics.{who}: axis must be the axis of the sentences or (seed axis, sentence axis) of a tally with "
+            f"{len(shape)} axes {shape}, got {axis}."
+        )
+    if min(shape[a] for a in axes) < 2:
+        raise ValueError(
+            f"statistics.{who}: an interval needs at least 2 along axis {axis}, got {shape}; "
+            "with one seed, take that seed out and give the axis of its sentences."
+        )
+    front = [np.moveaxis(array, axes, range(len(axes))) for array in arrays]
+    return [array.reshape((1,) * (2 - len(axes)) + array.shape[: len(axes)] + (-1,)) for array in front]
+
+
+def _shaped(tally: Tally, axis: int | tuple[int, int], *parts: np.ndarray) -> Measure:
+    """The axes that are not summed over, given back to flat arrays."""
+    shape = np.broadcast_shapes(*(np.shape(part) for part in tally))
+    axes = {a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,))}
+    return Measure(*(part.reshape([size for a, size in enumerate(shape) if a not in axes]) for part in parts))
+
+
+def _is_share(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Whether totals are between 0 and count, but for rounding; [cells]."""
+    slack = 1e-5 * count
+    return np.all((total >= -slack) & (total <= count + slack), axis=(0, 1))
+
+
+def _mean_ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Mean over the seeds that count anything of Σ total / Σ count; [cells]."""
+    sums = count.sum(1)
+    ratios = np.divide(total.sum(1), sums, out=np.zeros_like(sums), where=sums > 0)
+    seeds = (sums > 0).sum(0)
+    return np.where(seeds > 0, ratios.sum(0) / np.maximum(seeds, 1), np.nan)
+
+
+class _Spread(NamedTuple):
+    """How uncertain a value is: variance, degrees of freedom, and number of sentences, each [cells]."""
+
+    variance: np.ndarray
+    freedom: np.ndarray
+    sentences: np.ndarray
+
+
+def _jackknife(total: np.ndarray, count: np.ndarray) -> _Spread:
+    """Variance of `_mean_ratio` from sentences, or from seeds and sentences without counting anything twice."""
+    sums = count.sum(1)  # [seeds, cells]
+    seeds = np.maximum((sums > 0).sum(0), 1)
+    ratios = np.divide(total.sum(1), sums, out=np.zeros_like(sums), where=sums > 0)
+    rest = sums[:, None] - count
+    moves = np.divide(total - ratios[:, None] * count, rest, out=np.zeros_like(total), where=rest > 0)
+    together = count.sum(0)  # [sentences, cells]
+    sentences = np.divide(
+        together.sum(0) ** 2, (together**2).sum(0), out=np.zeros(together.shape[1]), where=together.sum(0) > 0
+    )  # Kish
+    correction = np.maximum(sentences - 1, 0) / np.maximum(sentences, 1)
+    from_sentences = correction * ((moves.sum(0) / seeds) ** 2).sum(0)
+    if len(total) == 1:
+        return _Spread(from_sentences, sentences - 1, sentences)
+    from_both = correction * (moves**2).sum((0, 1)) / seeds**2
+    off = np.where(sums > 0, ratios - ratios.sum(0) / seeds, 0)
+    from_seeds = (off**2).sum(0) / (seeds * np.maximum(seeds - 1, 1))
+    variance = np.maximum(np.maximum(from_seeds, from_sentences), from_seeds + from_sentences - from_both)
+    parts = from_seeds**2 / np.maximum(seeds - 1, 1) + from_sentences**2 / np.maximum(sentences - 1, 1e-9)
+    freedom = np.divide(variance**2, parts, out=np.asarray(sentences - 1), where=parts > 0)  # Satterthwaite
+    return _Spread(variance, np.where(seeds > 1, freedom, 0), sentences)
+
+
+def _interval(
+    total: np.ndarray,
+    count: np.ndarray,
+    bounds: tuple[np.ndarray, np.ndarray],
+    level: float,
+    resamples: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Value, low and high, [cells]; `bounds` are the range of a measure, infinite where it has none."""
+    value = _mean_ratio(total, count)
+    spread = _jackknife(total, count)
+    known = (spread.freedom > 0) & ~np.isnan(value)
+    spread = _Spread(*(np.where(known, part, 1.0) for part in spread))
+    low, high = np.full((2, len(value)), np.nan)
+    bounded = known & np.isfinite(bounds[0])
+    if bounded.any():
+        at = lambda part: part[bounded]  # noqa: E731
+        low[bounded], high[bounded] = _within_bounds(
+            at(value), _Spread(*map(at, spread)), (at(bounds[0]), at(bounds[1])), level
+        )
+    free = known & ~bounded
+    if free.any():
+        width = stats.t.ppf(0.5 + level / 2, spread.freedom[free]) * np.sqrt(spread.variance[free])
+        shape = _bootstrap(total[..., free], count[..., free], level, resamples, seed)
+        low[free], high[free] = value[free] - width * shape[0], value[free] + width * shape[1]
+    return value, low, high
+
+
+def _within_bounds(
+    value: np.ndarray, spread: _Spread, bounds: tuple[np.ndarray, np.ndarray], level: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Korn and Graubard's interval; where all sentences say the same, what so many of them cannot exclude."""
+    size = bounds[1] - bounds[0]
+    share = np.clip((value - bounds[0]) / size, 0, 1)
+    tail = (1 - level) / 2
+    variance = spread.variance / size**2
+    same = (variance <= 1e-12) | (share * (1 - share) <= 1e-12)
+    student = stats.norm.ppf(tail) / stats.t.ppf(tail, spread.freedom)
+    answers = share * (1 - share) / np.where(same, 1, variance) * student**2
+    hits, misses = share * answers, (1 - share) * answers
+    low = stats.beta.ppf(tail, np.where(same, 1, hits), np.where(same, 1, misses) + 1)
+    high = stats.beta.ppf(1 - tail, np.where(same, 1, hits) + 1, np.where(same, 1, misses))
+    unseen = 1 - tail ** (1 / spread.sentences)
+    low = np.where(same, share - unseen * share, low)
+    high = np.where(same, share + unseen * (1 - share), high)
+    return bounds[0] + size * low, bounds[0] + size * high
+
+
+def _bootstrap(
+    total: np.ndarray, count: np.ndarray, level: float, resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How far the quantiles of a nested bootstrap lie below and above the value, over half a normal interval's width.
+
+    Seeds are drawn, and sentences inside them: the same sentences for all seeds, which is right whether the seeds saw
+    the same sentences or different ones.
+    """
+    random = np.random.default_rng(seed)
+    seeds, sentences, cells = total.shape
+    of_sentences = random.multinomial(sentences, np.full(sentences, 1 / sentences), size=resamples).astype(float)
+    of_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples).astype(float)
+    quantiles = stats.norm.ppf(0.5 + level / 2)
+    below, above = np.ones((2, cells))
+    step = max(1, 4_000_000 // (resamples * seeds))  # so many cells at once: 100 MB
+    for start in range(0, cells, step):
+        part = slice(start, start + step)
+        drawn_total = np.einsum("rs,ksc->krc", of_sentences, total[..., part], optimize=True)
+        drawn_count = np.einsum("rs,ksc->krc", of_sentences, count[..., part], optimize=True)
+        counted = drawn_count > 0
+        ratios = np.divide(drawn_total, drawn_count, out=np.zeros_like(drawn_total), where=counted)
+        weights = of_seeds.T[:, :, None] * counted
+        number = weights.sum(0)
+        value = _mean_ratio(total[..., part], count[..., part])
+        samples = np.where(number > 0, (weights * ratios).sum(0) / np.maximum(number, 1), value)
+        low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        width = quantiles * samples.std(0)
+        there = width > 1e-12 * np.abs(value)
+        below[part] = np.where(there, (value - low) / np.where(there, width, 1), 1)
+        above[part] = np.where(there, (high - value) / np.where(there, width, 1), 1)
+    return below, above
