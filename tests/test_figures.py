@@ -39,10 +39,10 @@ def test_files_are_the_same_every_time(tmp_path):
     for run in ("first", "second"):
         for name, drawing in drawings().items():
             paths = figures.save(drawing, tmp_path / run / f"{name}.v1")
-            assert [path.name for path in paths] == [f"{name}.v1.svg", f"{name}.v1.png", f"{name}.v1.csv"]
+            assert [path.name for path in paths] == [f"{name}.v1.{ending}" for ending in ("svg", "pdf", "png", "csv")]
     for first in sorted((tmp_path / "first").iterdir()):
         assert first.read_bytes() == (tmp_path / "second" / first.name).read_bytes(), first.name
-    assert len(list((tmp_path / "first").iterdir())) == 9
+    assert len(list((tmp_path / "first").iterdir())) == 12
 
 
 def test_saving_twice_changes_nothing(tmp_path):
@@ -70,17 +70,17 @@ def test_attention_patterns_table(tmp_path):
 
     named = figures.attention_patterns(values, ROWS, COLUMNS, title="t", layer_names=["low", "high"])
     assert named.table[1][-1][:2] == ("high", 0)
-    with figures.save(named, tmp_path / "named")[2].open(newline="", encoding="utf-8") as file:
+    with figures.save(named, tmp_path / "named")[3].open(newline="", encoding="utf-8") as file:
         assert list(csv.reader(file))[1:] == [[str(cell) for cell in row] for row in named.table[1]]
 
 
 def test_training_curve_table(tmp_path):
     series = {"training": ([1, 2], [0.5, 0.25]), "validation": ([2], [np.float32(0.1)])}
     plain = figures.training_curve(series, title="t", ylabel="loss")
-    path = figures.save(plain, tmp_path / "plain")[2]
+    path = figures.save(plain, tmp_path / "plain")[3]
     assert path.read_text() == "series,step,value\ntraining,1,0.5\ntraining,2,0.25\nvalidation,2,0.1\n"
     banded = figures.training_curve(series, title="t", ylabel="loss", spread={"training": ([0.4, 0.2], [0.6, 0.3])})
-    path = figures.save(banded, tmp_path / "banded")[2]
+    path = figures.save(banded, tmp_path / "banded")[3]
     assert path.read_text() == (
         "series,step,value,low,high\ntraining,1,0.5,0.4,0.6\ntraining,2,0.25,0.2,0.3\nvalidation,2,0.1,,\n"
     )
@@ -88,7 +88,7 @@ def test_training_curve_table(tmp_path):
 
 def test_head_table_table(tmp_path):
     drawing = figures.head_table([[0.5, -0.001], [1.0, 0.25]], title="t", label="share", baseline=0.0)
-    path = figures.save(drawing, tmp_path / "heads")[2]
+    path = figures.save(drawing, tmp_path / "heads")[3]
     assert path.read_text() == "layer,head,value\n0,0,0.5\n0,1,-0.001\n1,0,1.0\n1,1,0.25\n"
     assert [text.get_text() for text in drawing.figure.axes[0].texts] == ["0.50", "0.00", "1.00", "0.25"]
     low, high = drawing.figure.axes[0].images[0].get_clim()
@@ -171,15 +171,13 @@ def test_without_matplotlib(monkeypatch):
 
 def test_the_module_imports_without_matplotlib():
     code = "import sys, mhajax.figures; assert 'matplotlib' not in sys.modules"
-    root = Path(figures.__file__).parents[1]
+    root = Path(figures.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 def test_pyplot_is_never_imported():
-    names = {
-        name
-        for node in ast.walk(ast.parse(Path(figures.__file__).read_text(encoding="utf-8")))
-        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [])
-        + ([alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else [])
-    }
-    assert not any("pyplot" in name for name in names)
+    for path in Path(figures.__file__).parent.glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        names += [name.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names]
+        assert not any("pyplot" in name for name in names), path
