@@ -15,20 +15,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from mhajax import checks, kernels
-from mhajax.kernels import finite
-from mhajax.masks import Mask, Tokens, as_mask, tokens
+from mhajax.interventions import Capture, Intervention, as_capture
+from mhajax.kernels import finite, patches
+from mhajax.masks import Mask, Tokens, as_mask, conditions, tokens
 from mhajax.masks.static import aligned
 
-CAPTURES = ("queries", "keys", "values", *kernels.CAPTURES, "heads", "contributions")
+CAPTURES = ("queries", "keys", "values", *kernels.CAPTURES, "heads", "contributions")  # what is computed on the way
+SUMMARIES = kernels.SUMMARIES  # what can be captured besides: sums of the weights, never held at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +160,11 @@ def apply(params: Params, x: Array, config: Config, *, memory: Array | None = No
       memory_positions: positions of the keys, [S] or [..., S]; those of x in self-attention, else 0, 1, 2, ….
       rotate: function (x [..., T, H], positions [..., T]) → [..., T, H] applied to queries and keys, such as
         `positions.rotary`.
-      gates: factor of every head's output, [N] or [..., N]: 1 leaves a head alone, 0 removes it.
+      gates: factor of every head's output, [N], [..., N], or [..., N, T] for every query: 1 leaves a head alone, 0
+        removes it. Short for `intervention=Intervention(gates=…)`.
+      intervention: an `interventions.Intervention`: gates, edges, patches of any quantity of the heads.
+      real: bool [..., T], queries that count in the "column_sums" of `apply_captured`. None: those below the length, in
+        self-attention with `masks.lengths`; else all.
       dropout_rate: share of the attention weights that is dropped; needs dropout_key.
       dropout_key: PRNG key of the dropout; None is evaluation.
 
@@ -185,11 +193,13 @@ def apply_captured(
     config: Config,
     *,
     memory: Array | None = None,
-    capture: Sequence[str] = ("weights",),
+    capture: Sequence[str] | Capture = ("weights",),
     memory_positions: Array | None = None,
     positions: Array | None = None,
     rotate: Callable[[Array, Array], Array] | None = None,
     mask: Mask | ArrayLike | None = None,
+    intervention: Intervention = Intervention(),  # noqa: B008 - an immutable tuple
+    real: Array | None = None,
     **options: Any,
 ) -> tuple[Array, dict[str, Array]]:
     """`apply`, and what it computed on the way; the output is the same.
@@ -201,7 +211,11 @@ def apply_captured(
         "logits" and "weights" [..., N, T, S] (scaled, scored and biased, -inf where masked; before dropout),
         "log_sum_exp" [..., N, T], the logarithm of the sum that the weights are divided by (-inf: nothing is visible),
         "heads" [..., N, T, Hv], every head's own output after its gate, before w_o,
-        "contributions" [..., N, T, D], what each head adds to the output.
+        "contributions" [..., N, T, D], what each head adds to the output,
+        "entropy" [..., N, T] of the weights, in nats, and "column_sums" [..., N, S], the attention that every key
+        receives, summed over the queries: both in memory that grows with T.
+        A Capture chooses heads and rows too: only these are computed, and the axes N and T have their number.
+        Everything is as the output is made of, so with the intervention.
 
     Returns:
       The output [..., T, D], and a dict with an array for every name.
@@ -214,15 +228,17 @@ def apply_captured(
     if memory is None:
         memory_positions = positions if memory_positions is None else memory_positions
         memory = x
+        lengths = conditions(mask).lengths if real is None and "column_sums" in as_capture(capture).names else None
+        real = real if lengths is None else jnp.arange(x.shape[-2]) < jnp.asarray(lengths)[..., None]
     else:
         checks.stream("memory", memory, config)
         checks.same_leading(x, memory)
-    masked = mask is not None or options.get("bias") is not None
+    masked = _masked(mask, options.get("bias"), intervention)
     answers = keys_values(params, memory, config, positions=memory_positions, rotate=rotate, masked=masked)
     return apply_to(
         params, x, answers, config,
         mask=mask, positions=positions, rotate=rotate, capture=capture,
-        keys=tokens(memory.shape[-2], memory_positions), **options,
+        keys=tokens(memory.shape[-2], memory_positions), intervention=intervention, real=real, **options,
     )  # fmt: skip
 
 
@@ -275,9 +291,11 @@ def apply_to(
     cached: bool = False,
     rotate: Callable[[Array, Array], Array] | None = None,
     gates: Array | None = None,
+    intervention: Intervention = Intervention(),  # noqa: B008 - an immutable tuple
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
-    capture: Sequence[str] = (),
+    capture: Sequence[str] | Capture = (),
+    real: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Attention of x to keys and values that are already there: a cache, or a memory projected once.
 
@@ -293,46 +311,72 @@ def apply_to(
     """
     checks.stream("x", x, config)
     checks.parameters(params, config)
-    mask = as_mask(mask)
-    gates = None if gates is None else jnp.asarray(gates)
+    mask, asked = as_mask(mask), as_capture(capture)
+    mask = intervention.edges if mask is None else mask if intervention.edges is None else mask & intervention.edges
+    gates = _gates(gates, intervention)
     bias = None if bias is None else jnp.asarray(bias)
     whole = isinstance(start, int) and start == 0
     checks.mask_sizes(mask, x.shape[-2] if whole else None, answers.k.shape[-2])
     checks.positions("positions", positions, x)
     checks.bias(bias, x)
     checks.gates(gates, x, config)
+    checks.intervention(intervention, x, answers.k.shape[-2], config)
     checks.dropped(dropout_rate, dropout_key)
-    checks.captures(capture, CAPTURES)
+    checks.captures(asked, (*CAPTURES, *SUMMARIES), config.num_heads, x.shape[-2])
     queries = tokens(x.shape[-2], positions)._replace(start=start)
     params = jax.tree.map(lambda w: jnp.asarray(w, x.dtype), params)
-    masked = mask is not None or bias is not None
+    masked = _masked(mask, bias, intervention)
     q = _project(x, params.w_q, params.b_q, masked)
     if rotate is not None:
         q = _rotated(rotate, q, _with_heads(positions, x.shape[-2]), masked)
+    q = patches.apply(q, intervention.queries)
+    k, v = patches.apply(answers.k, intervention.keys), patches.apply(answers.v, intervention.values)
     heads, captured = kernels.attend(
-        q, answers.k, answers.v,
+        q, k, v,
         mask=mask, bias=bias, score=score, kernel=kernel, queries=queries,
-        keys=tokens(answers.k.shape[-2]) if keys is None else keys, cached=cached,
+        keys=tokens(k.shape[-2]) if keys is None else keys, cached=cached,
         dropout_rate=dropout_rate, dropout_key=dropout_key,
-        capture=tuple(name for name in capture if name in kernels.CAPTURES),
+        logits=intervention.logits, weights=intervention.weights, real=real,
+        capture=replace(asked, names=tuple(n for n in asked.names if n in kernels.CAPTURES + kernels.SUMMARIES)),
     )  # fmt: skip
     heads = heads.astype(x.dtype)
     if gates is not None:
         times = finite.guarded(jnp.multiply) if masked else jnp.multiply
-        heads = times(*aligned(heads, gates[..., None, None].astype(heads.dtype)))
+        heads = times(heads, patches.by_token(gates, heads.ndim).astype(heads.dtype))
+    heads = patches.apply(heads, intervention.heads)
     concatenated = jnp.swapaxes(heads, -3, -2).reshape(*x.shape[:-1], math.prod(params.w_o.shape[:2]))  # [..., T, N·Hv]
     combine = _guarded_matmul if masked else jnp.matmul
     out = combine(concatenated, params.w_o.reshape(-1, config.d_model))
     if params.b_o is not None:
         out = _plus(out, params.b_o)
+    of_heads = partial(kernels.of_heads, asked=asked)
+    # The key heads that answer the query heads that are asked for; keys are no queries, they have no rows.
+    of_keys = lambda a: a if asked.heads is None else a[..., np.array(asked.heads) * k.shape[-3] // q.shape[-3], :, :]  # noqa: E731
+    w_o = params.w_o if asked.heads is None else params.w_o[np.array(asked.heads)]
     on_the_way = {
-        "queries": lambda: q,
-        "keys": lambda: answers.k,
-        "values": lambda: answers.v,
-        "heads": lambda: heads,
-        "contributions": lambda: jnp.einsum("...nth,nhd->...ntd", heads, params.w_o),
+        "queries": lambda: of_heads(q),
+        "keys": lambda: of_keys(k),
+        "values": lambda: of_keys(v),
+        "heads": lambda: of_heads(heads),
+        "contributions": lambda: jnp.einsum("...nth,nhd->...ntd", of_heads(heads), w_o),
     }
-    return out, {name: captured[name] if name in captured else on_the_way[name]() for name in capture}
+    return out, {name: captured[name] if name in captured else on_the_way[name]() for name in asked.names}
+
+
+def _masked(mask: Mask | None, bias: Any, intervention: Intervention) -> bool:
+    """Whether some pairs may not attend, so that what is not finite must stay where it is seen."""
+    given = (mask, bias, intervention.edges, intervention.logits, intervention.weights)
+    return any(a is not None for a in given)
+
+
+def _gates(gates: Array | None, intervention: Intervention) -> Array | None:
+    """Those of the option and those of the intervention, of which there is one."""
+    if gates is not None and intervention.gates is not None:
+        raise ValueError(
+            "attention.apply: gates must be given once, got gates= and intervention.gates; gates is the short form."
+        )
+    factors = intervention.gates if gates is None else gates
+    return None if factors is None else jnp.asarray(factors)
 
 
 _guarded_matmul = finite.guarded(jnp.matmul)

@@ -20,6 +20,7 @@ from mhajax import cache as caches
 from mhajax.attention import KeysValues
 from mhajax.cache import Cache
 from mhajax.dropout import check_rate, dropout
+from mhajax.interventions import Capture, Intervention, as_capture
 from mhajax.masks import Mask
 
 
@@ -57,8 +58,22 @@ class Params(NamedTuple):
     mlp: mlp.Params
 
 
+class Interventions(NamedTuple):
+    """What is changed in the two attentions; in a stack every leaf has a leading L, or no axes at all."""
+
+    attention: Intervention = Intervention()
+    cross: Intervention = Intervention()
+
+
+class Captures(NamedTuple):
+    """What is looked at in the two attentions."""
+
+    attention: Sequence[str] | Capture = ()
+    cross: Sequence[str] | Capture = ()
+
+
 class Gates(NamedTuple):
-    """A factor for every head's output: [N] or [..., N], None for 1."""
+    """A factor for every head's output: [N], [..., N] or [..., N, T], None for 1. The short form of `Interventions`."""
 
     attention: Array | None = None
     cross: Array | None = None
@@ -101,9 +116,11 @@ def run(
     positions: Array | None = None,
     rotate: Callable[[Array, Array], Array] | None = None,
     gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+    interventions: Interventions = Interventions(),  # noqa: B008
     cache: Cache | None = None,
     real: Array | None = None,
-    capture: Sequence[str] = (),
+    capture: Sequence[str] | Capture | Captures = (),
+    kernel: str = "auto",
     dropout_key: Array | None = None,
 ) -> tuple[Array, Cache | None, Seen]:
     """One layer, with its new cache and what was captured.
@@ -118,9 +135,11 @@ def run(
       positions: [T] or [..., T].
       rotate: for queries and keys of the attention to x; a memory is not rotated.
       gates: factors of the heads' outputs.
+      interventions: what else is changed in the heads.
       cache: keys and values of earlier tokens; x is appended and attends to all of it. It knows the positions.
       real: bool [..., T], False for padding that the cache shall not keep; as in `cache.extend`.
-      capture: names of `attention.CAPTURES`.
+      capture: names of `attention.CAPTURES` and `attention.SUMMARIES`, or a Capture, of both attentions; or `Captures`.
+      kernel: of both attentions, as in `attention.apply`.
       dropout_key: PRNG key; None is evaluation.
 
     Returns:
@@ -136,13 +155,15 @@ def run(
             "block.apply: positions are for calls without a cache, which has its own, and real for calls with one; got "
             f"{'positions and a cache' if real is None else 'real without a cache'}."
         )
+    captures = as_captures(capture)
     keys = [None] * 5 if dropout_key is None else jax.random.split(dropout_key, 5)
     weights_rate = 0.0 if dropout_key is None else config.attention_dropout
 
     y = norm.apply(params.attention_norm, x)
     given: dict[str, Any] = {
         "mask": mask, "rotate": rotate, "gates": gates.attention,
-        "dropout_rate": weights_rate, "dropout_key": keys[0], "capture": capture,
+        "intervention": interventions.attention, "kernel": kernel,
+        "dropout_rate": weights_rate, "dropout_key": keys[0], "capture": captures.attention,
     }  # fmt: skip
     if cache is None:
         y, seen = attention.apply_captured(params.attention, y, config, positions=positions, **given)
@@ -156,10 +177,17 @@ def run(
             memory = attention.keys_values(params.cross, memory, config, masked=memory_mask is not None)
         y, seen_across = attention.apply_to(
             params.cross, norm.apply(params.cross_norm, x), memory, config,
-            mask=memory_mask, gates=gates.cross,
-            dropout_rate=weights_rate, dropout_key=keys[2], capture=capture,
+            mask=memory_mask, gates=gates.cross, intervention=interventions.cross, kernel=kernel,
+            dropout_rate=weights_rate, dropout_key=keys[2], capture=captures.cross, real=real,
         )  # fmt: skip
         x = x + dropout(y, config.dropout, keys[3])
 
     y = mlp.apply(params.mlp, norm.apply(params.mlp_norm, x), config)
     return x + dropout(y, config.dropout, keys[4]), cache, Seen(seen, seen_across)
+
+
+def as_captures(given: Sequence[str] | Capture | Captures) -> Captures:
+    """What is looked at in either attention: the same in both, unless it says which."""
+    if isinstance(given, Captures):
+        return Captures(*map(as_capture, given))
+    return Captures(as_capture(given), as_capture(given))

@@ -112,7 +112,8 @@ def extend(
       mask: who may attend to whom, such as `masks.causal()`; slots without a token are hidden in any case. What it
         looks up by index (`lengths`, `segments`, `dense`) is looked up for all tokens seen, not for the chunk.
       rotate: as in `attention.apply`.
-      **options: gates, score, dropout_rate, dropout_key, capture and kernel as in `attention.apply_captured`.
+      **options: gates, intervention, score, dropout_rate, dropout_key, capture and kernel as in
+        `attention.apply_captured`. In patches and captures T are the new tokens, S the slots of the cache.
 
     Returns:
       The output [..., t, D], the cache with x in it, and a dict with an array for every name in `capture`.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import dropout
+from mhajax.interventions import Capture, Intervention
 from mhajax.masks import Mask
 
 
@@ -91,13 +92,51 @@ def bias(given: Array | None, x: Array) -> None:
 
 
 def gates(given: Array | None, x: Array, config: Any) -> None:
-    """A factor for every head: [N], or [..., N] with the leading axes of x."""
+    """A factor for every head: [N], [..., N] with the leading axes of x, or [..., N, T] with one for every query."""
     if given is None:
         return
-    if given.shape[-1:] != (config.num_heads,) or given.shape[:-1] not in ((), x.shape[:-2]):
+    _amount("gates", given, x.shape[:-2], ("N", config.num_heads), ("T", x.shape[-2]))
+
+
+def intervention(given: Intervention, x: Array, num_keys: int, config: Any) -> None:
+    """Patches that belong to these heads, queries and keys; `gates` and `mask_sizes` look at the rest."""
+    n, k, t, h, hv = config.num_heads, config.kv_heads, x.shape[-2], config.width, config.value_width
+    asking, answering = ("N", n), ("K", k)
+    quantities = {
+        "queries": (asking, ("T", t), ("H", h)),
+        "keys": (answering, ("S", num_keys), ("H", h)),
+        "values": (answering, ("S", num_keys), ("Hv", hv)),
+        "logits": (asking, ("T", t), ("S", num_keys)),
+        "weights": (asking, ("T", t), ("S", num_keys)),
+        "heads": (asking, ("T", t), ("Hv", hv)),
+    }
+    for name, axes in quantities.items():
+        patch = getattr(given, name)
+        if patch is None:
+            continue
+        full = (*x.shape[:-2], *(size for _, size in axes))
+        have = jnp.shape(patch.value)
+        if len(have) > len(full) or any(a not in (1, b) for a, b in zip(have[::-1], full[::-1], strict=False)):
+            letters = ", ".join(letter for letter, _ in axes)
+            raise ValueError(
+                f"attention.apply: the value of intervention.{name} must broadcast to [..., {letters}] = {full}, got "
+                f"{have}; with a cache, S is its capacity and T the tokens of this call."
+            )
+        _amount(f"the amount of intervention.{name}", jnp.asarray(patch.amount), x.shape[:-2], axes[0], axes[1])
+
+
+def _amount(name: str, given: Array, leading: tuple[int, ...], heads: tuple[str, int], tokens: tuple[str, int]) -> None:
+    """A number or boolean for every head, [], [N], [..., N] or [..., N, T]; an axis that is shared may be 1."""
+    (n, num_heads), (t, size) = heads, tokens
+    shapes = ((), (num_heads,), (*leading, num_heads), (*leading, num_heads, size))
+    fits = [
+        len(shape) == given.ndim and all(have in (1, want) for have, want in zip(given.shape, shape, strict=True))
+        for shape in shapes
+    ]
+    if not any(fits):
         raise ValueError(
-            f"attention.apply: gates must be [N] = ({config.num_heads},) or [..., N] = "
-            f"{(*x.shape[:-2], config.num_heads)}, got {given.shape}."
+            f"attention.apply: {name} must be [{n}] = ({num_heads},) or [..., {n}] = {shapes[2]} or [..., {n}, {t}] = "
+            f"{shapes[3]}, got {given.shape}."
         )
 
 
@@ -111,12 +150,14 @@ def dropped(rate: float, key: Array | None) -> None:
         )
 
 
-def captures(names: Sequence[str], known: Sequence[str]) -> None:
-    """Names of things that can be captured."""
-    if isinstance(names, str):
-        raise TypeError(
-            f"attention.apply_captured: capture must be a tuple of names, got {names!r}; write ({names!r},)."
-        )
-    unknown = [name for name in names if name not in known]
+def captures(asked: Capture, known: Sequence[str], num_heads: int, length: int) -> None:
+    """Names of things that can be captured, and heads and rows that exist."""
+    unknown = [name for name in asked.names if name not in known]
     if unknown:
         raise ValueError(f"attention.apply_captured: capture must name any of {', '.join(known)}; got {unknown}.")
+    for name, indices, size in (("heads", asked.heads, num_heads), ("rows", asked.rows, length)):
+        if indices is not None and max(indices) >= size:
+            raise ValueError(
+                f"attention.apply_captured: capture.{name} must be below {size}, the number of "
+                f"{'heads' if name == 'heads' else 'queries'}, got {indices}."
+            )

@@ -12,8 +12,9 @@ from jax import Array
 
 from mhajax import cache as caches
 from mhajax import embedding, masks, transformer
-from mhajax.block import Gates, Seen
+from mhajax.block import Captures, Gates, Interventions, Seen
 from mhajax.dropout import dropout
+from mhajax.interventions import Capture
 from mhajax.transformer import Caches
 
 
@@ -64,7 +65,7 @@ def apply(params: Params, tokens: Array, config: Config, **options: Any) -> Arra
       tokens: integers [..., T].
       config: the shape; static under jit.
       **options: mask (combined with the causal one), positions, gates (of `block.Gates`, [L, N] or [L, ..., N]),
-        dropout_key.
+        interventions (of `block.Interventions`, every leaf [L, ...]), kernel (as in `attention.apply`), dropout_key.
 
     Returns:
       float32 [..., T, V].
@@ -73,9 +74,17 @@ def apply(params: Params, tokens: Array, config: Config, **options: Any) -> Arra
 
 
 def apply_captured(
-    params: Params, tokens: Array, config: Config, *, capture: Sequence[str] = ("weights",), **options: Any
+    params: Params,
+    tokens: Array,
+    config: Config,
+    *,
+    capture: Sequence[str] | Capture | Captures = ("weights",),
+    **options: Any,
 ) -> tuple[Array, Seen]:
-    """`apply`, and the arrays named in `attention.CAPTURES` of every layer, [L, ..., N, …]."""
+    """`apply`, and the arrays named in `attention.CAPTURES` and `attention.SUMMARIES`, [L, ..., N, …].
+
+    Names are of every layer, head and row; an `interventions.Capture` chooses some, and nothing else is computed.
+    """
     x, _, seen = run(params, tokens, config, capture=capture, **options)
     return embedding.logits(params.embedding, x), seen
 
@@ -88,11 +97,13 @@ def features(
     mask: masks.Mask | None = None,
     positions: Array | None = None,
     gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+    interventions: Interventions = Interventions(),  # noqa: B008
+    kernel: str = "auto",
     dropout_key: Array | None = None,
 ) -> Array:
     """What the logits are computed from, [..., T, D]: for losses that never hold [..., T, V]. Options as in `apply`."""
-    options = {"mask": mask, "positions": positions, "gates": gates, "dropout_key": dropout_key}
-    return run(params, tokens, config, **options)[0]
+    options = {"mask": mask, "positions": positions, "gates": gates, "interventions": interventions}
+    return run(params, tokens, config, kernel=kernel, dropout_key=dropout_key, **options)[0]
 
 
 def init_cache(
@@ -111,8 +122,8 @@ def extend(params: Params, tokens: Array, cache: Caches, config: Config, **optio
     Args:
       params, tokens, config: as in `apply`.
       cache: from `init_cache`, or of the last call.
-      **options: mask and gates as in `apply`; real, bool [..., t], False for padding, as in `cache.extend`: prompts of
-        different lengths, rows that stand still.
+      **options: mask, gates and interventions as in `apply`; real, bool [..., t], False for padding, as in
+        `cache.extend`: prompts of different lengths, rows that stand still.
     """
     x, cache, _ = run(params, tokens, config, cache=cache, **options)
     return embedding.logits(params.embedding, x), cache

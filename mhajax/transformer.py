@@ -1,24 +1,30 @@
 """A stack of layers, scanned: the parameters of all layers are one pytree with a leading axis L, compiled once.
 
+Layers of which nothing is captured stay in their scan: the stack is cut at the layers that are looked at.
+
 With a cache the layers are unrolled, and each has a cache of its own: a scan would copy all of them at every token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mhajax import attention, block, norm
 from mhajax import cache as caches
 from mhajax.attention import KeysValues
-from mhajax.block import Gates, Seen
+from mhajax.block import Captures, Gates, Interventions, Seen
 from mhajax.cache import Cache
+from mhajax.interventions import Capture, as_capture
 
 Caches = tuple[Cache, ...]  # of all layers
 
@@ -91,7 +97,9 @@ def run(
     *,
     memory: Array | KeysValues | None = None,
     gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+    interventions: Interventions = Interventions(),  # noqa: B008
     cache: Caches | None = None,
+    capture: Sequence[str] | Capture | Captures = (),
     dropout_key: Array | None = None,
     **options: Any,
 ) -> tuple[Array, Caches | None, Seen]:
@@ -102,39 +110,84 @@ def run(
       x: [..., T, D].
       config: the shape; static under jit.
       memory: [..., S, D], shared by all layers, or keys and values of every layer [L, ...].
-      gates: [L, N] or [L, ..., N].
+      gates: [L, N], [L, ..., N] or [L, ..., N, T].
+      interventions: every leaf with a leading L; a leaf without axes is shared by all layers.
       cache: from `init_cache`.
+      capture: as in `block.run`; its layers, in their order, are the first axis of what is returned.
       dropout_key: PRNG key; None is evaluation.
-      **options: mask, memory_mask, positions, rotate, real and capture as in `block.run`.
+      **options: mask, memory_mask, positions, rotate, real and kernel as in `block.run`.
 
     Returns:
       [..., T, D], the caches of the layers (None without), and the captured arrays [L, ...].
     """
-    stacked = {leaf.shape[0] for leaf in jax.tree.leaves((params.layers, gates))}
+    leaves, structure = jax.tree.flatten(interventions)
+    shared = [jnp.ndim(leaf) == 0 for leaf in leaves]
+    own = [None if one else leaf for leaf, one in zip(leaves, shared, strict=True)]
+    stacked = {leaf.shape[0] for leaf in jax.tree.leaves((params.layers, gates, own))}
     stacked |= set() if cache is None else {len(cache)}
     if stacked != {config.num_layers}:
         raise ValueError(
-            f"transformer.run: params, gates and cache must be stacked for num_layers={config.num_layers}, "
-            f"got {sorted(stacked)} layers; params and config do not belong together."
+            f"transformer.run: params, gates, interventions and cache must be stacked for "
+            f"num_layers={config.num_layers}, got {sorted(stacked)} layers; params and config do not belong together."
         )
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
     projected = memory if isinstance(memory, KeysValues) else None
+    captures = block.as_captures(capture)
 
-    def one_layer(x: Array, layer: tuple, cache: Cache | None = None) -> tuple[Array, tuple[Cache | None, Seen]]:
-        params, key, gates, answers = layer
+    def one_layer(
+        x: Array, layer: tuple, cache: Cache | None = None, *, capture: Captures
+    ) -> tuple[Array, tuple[Cache | None, Seen]]:
+        params, key, gates, own, answers = layer
+        merged = [leaf if one else mine for leaf, one, mine in zip(leaves, shared, own, strict=True)]
         x, cache, seen = block.run(
             params, x, config,
-            memory=memory if answers is None else answers, gates=gates, cache=cache, dropout_key=key, **options,
+            memory=memory if answers is None else answers, gates=gates, cache=cache, dropout_key=key,
+            interventions=jax.tree.unflatten(structure, merged), capture=capture, **options,
         )  # fmt: skip
         return x, (cache, seen)
 
-    layers = (params.layers, keys, gates, projected)
+    layers = (params.layers, keys, gates, own, projected)
+    count = config.num_layers
+    asked = [Captures(*(_of_layer(one, index, count) for one in captures)) for index in range(count)]
+    found: list[Seen] = []
+    after: list[Any] = []
     if cache is None:
-        x, (_, seen) = jax.lax.scan(one_layer, x, layers, unroll=min(config.unroll, config.num_layers))
+        for wanted, group in groupby(range(count), key=asked.__getitem__):
+            indices = list(group)
+            some = slice(indices[0], indices[-1] + 1)
+            part = layers if len(indices) == count else jax.tree.map(itemgetter(some), layers)
+            step, unroll = partial(one_layer, capture=wanted), min(config.unroll, len(indices))
+            x, (_, seen) = jax.lax.scan(step, x, part, unroll=unroll)
+            found.append(seen)
     else:
-        found = []
         for index, before in enumerate(cache):
-            x, after = one_layer(x, jax.tree.map(itemgetter(index), layers), before)
-            found.append(after)
-        cache, seen = tuple(after for after, _ in found), jax.tree.map(lambda *a: jnp.stack(a), *(s for _, s in found))
-    return norm.apply(params.norm, x), cache, seen
+            x, (new, seen) = one_layer(x, jax.tree.map(itemgetter(index), layers), before, capture=asked[index])
+            after.append(new)
+            found.append(jax.tree.map(itemgetter(None), seen))
+    attention, cross = ([getattr(seen, kind) for seen in found] for kind in Seen._fields)
+    seen = Seen(_joined(attention, captures.attention), _joined(cross, captures.cross))
+    return norm.apply(params.norm, x), None if cache is None else tuple(after), seen
+
+
+def _of_layer(given: Sequence[str] | Capture, index: int, num_layers: int) -> Capture:
+    """What is looked at in one layer."""
+    capture = as_capture(given)
+    wanted = capture.layers
+    if wanted is not None and max(wanted) >= num_layers:
+        raise ValueError(
+            f"transformer.run: capture.layers must be below num_layers={num_layers}, got {wanted}; "
+            "block.Captures and translator.Captures ask each kind of attention for its own layers."
+        )
+    return replace(capture, layers=None, names=capture.names if wanted is None or index in wanted else ())
+
+
+def _joined(parts: list[dict[str, Array]], capture: Sequence[str] | Capture) -> dict[str, Array]:
+    """What some runs of layers saw, [L, ...], in the order that is asked for."""
+    some = [part for part in parts if part]
+    if not some:
+        return {}
+    whole = some[0] if len(some) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *some)
+    layers = as_capture(capture).layers
+    if layers is None or list(layers) == sorted(layers):
+        return whole
+    return jax.tree.map(itemgetter(np.argsort(np.argsort(layers))), whole)

@@ -19,6 +19,7 @@ from mhajax import block, embedding, masks, transformer
 from mhajax import cache as caches
 from mhajax.attention import KeysValues
 from mhajax.dropout import dropout
+from mhajax.interventions import Capture, Intervention, as_capture
 from mhajax.transformer import Caches
 
 
@@ -72,8 +73,24 @@ class Params(NamedTuple):
     decoder: transformer.Params
 
 
+class Interventions(NamedTuple):
+    """What is changed in the three kinds of attention; every leaf has a leading L, or no axes at all."""
+
+    encoder: Intervention = Intervention()
+    decoder: Intervention = Intervention()
+    cross: Intervention = Intervention()
+
+
+class Captures(NamedTuple):
+    """What is looked at in the three kinds of attention."""
+
+    encoder: Sequence[str] | Capture = ()
+    decoder: Sequence[str] | Capture = ()
+    cross: Sequence[str] | Capture = ()
+
+
 class Gates(NamedTuple):
-    """A factor for every head's output, [L, N] or [L, ..., N]; None for 1."""
+    """A factor for every head's output, [L, N], [L, ..., N] or [L, ..., N, T]; None for 1."""
 
     encoder: Array | None = None
     decoder: Array | None = None
@@ -121,7 +138,7 @@ def apply(params: Params, source: Array, target: Array, config: Config, **option
       target: integers [..., T], beginning with the token that begins every sentence; place t sees target[: t + 1].
       config: the shape; static under jit.
       **options: source_lengths (integers [...], real tokens of every source; None is all), gates (`Gates`),
-        dropout_key.
+        interventions (`Interventions`), kernel (as in `attention.apply`), dropout_key.
 
     Returns:
       float32 [..., T, V].
@@ -130,9 +147,19 @@ def apply(params: Params, source: Array, target: Array, config: Config, **option
 
 
 def apply_captured(
-    params: Params, source: Array, target: Array, config: Config, *, capture: Sequence[str] = ("weights",), **options
+    params: Params,
+    source: Array,
+    target: Array,
+    config: Config,
+    *,
+    capture: Sequence[str] | Capture | Captures = ("weights",),
+    **options: Any,
 ) -> tuple[Array, Seen]:
-    """`apply`, and the arrays named in `attention.CAPTURES` of every layer, [L, ..., N, …]."""
+    """`apply`, and the arrays named in `attention.CAPTURES` and `attention.SUMMARIES`, [L, ..., N, …].
+
+    Names, or an `interventions.Capture` that chooses layers, heads and rows, are of all three kinds of attention;
+    `Captures` says which of which kind.
+    """
     x, seen = _run(params, source, target, config, capture=capture, **options)
     return embedding.logits(params.embedding, x), seen
 
@@ -145,19 +172,24 @@ def features(
     *,
     source_lengths: Array | None = None,
     gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+    interventions: Interventions = Interventions(),  # noqa: B008
+    kernel: str = "auto",
     dropout_key: Array | None = None,
 ) -> Array:
     """What the logits are computed from, [..., T, D]: for losses that never hold [..., T, V]. Options as in `apply`."""
-    options = {"source_lengths": source_lengths, "gates": gates, "dropout_key": dropout_key}
-    return _run(params, source, target, config, **options)[0]
+    options = {"source_lengths": source_lengths, "gates": gates, "interventions": interventions, "kernel": kernel}
+    return _run(params, source, target, config, dropout_key=dropout_key, **options)[0]
 
 
 def begin(
     params: Params, source: Array, capacity: int, config: Config, *, source_lengths: Array | None = None,
     gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+    interventions: Interventions = Interventions(),  # noqa: B008
+    kernel: str = "auto",
 ) -> State:  # fmt: skip
     """Read the source [..., S] and make room for a translation of `capacity` tokens."""
-    memory, _ = _encode(params, source, config, source_lengths=source_lengths, gates=gates)
+    options = {"gates": gates, "interventions": interventions, "kernel": kernel}
+    memory, _ = _encode(params, source, config, source_lengths=source_lengths, **options)
     return State(
         transformer.init_cache(source.shape[:-1], capacity, config.decoder, memory.dtype),
         transformer.keys_values(params.decoder, memory, config, masked=source_lengths is not None),
@@ -168,6 +200,8 @@ def begin(
 def extend(
     params: Params, target: Array, state: State, config: Config, *,
     gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
+    interventions: Interventions = Interventions(),  # noqa: B008
+    kernel: str = "auto",
     real: Array | None = None,
 ) -> tuple[Array, State]:  # fmt: skip
     """Logits [..., t, V] of t more target tokens [..., t], and the translation with them.
@@ -177,7 +211,8 @@ def extend(
     """
     x, written, _ = _decode(
         params, target, state.source, config,
-        source_lengths=state.source_lengths, cache=state.written, real=real, gates=gates,
+        source_lengths=state.source_lengths, cache=state.written, real=real, gates=gates, interventions=interventions,
+        kernel=kernel,
     )  # fmt: skip
     return embedding.logits(params.embedding, x), state._replace(written=written)
 
@@ -190,7 +225,7 @@ def select(state: State, rows: Array) -> State:
 
 def _run(
     params: Params, source: Array, target: Array, config: Config, *, source_lengths: Array | None = None,
-    gates: Gates = Gates(), dropout_key: Array | None = None, capture: Sequence[str] = (),  # noqa: B008
+    dropout_key: Array | None = None, capture: Sequence[str] | Capture | Captures = (), **options: Any,
 ) -> tuple[Array, Seen]:  # fmt: skip
     if source.shape[:-1] != target.shape[:-1]:
         raise ValueError(
@@ -198,26 +233,31 @@ def _run(
             f"got {source.shape} and {target.shape}."
         )
     key_source, key_target = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    options = {"source_lengths": source_lengths, "gates": gates, "capture": capture}
+    options = {"source_lengths": source_lengths, "capture": _as_captures(capture), **options}
     memory, seen_source = _encode(params, source, config, dropout_key=key_source, **options)
     x, _, seen = _decode(params, target, memory, config, dropout_key=key_target, **options)
     return x, Seen(seen_source.attention, seen.attention, seen.cross)
 
 
-def _encode(params, source, config, *, source_lengths, gates, dropout_key=None, capture=()):
+def _encode(
+    params, source, config, *, source_lengths, gates=Gates(), interventions=Interventions(), kernel="auto",  # noqa: B008
+    dropout_key=None, capture=Captures(),  # noqa: B008
+):  # fmt: skip
     positions = jnp.arange(source.shape[-1])
     x, key = _embed(params, source, positions, config, dropout_key)
     x, _, seen = transformer.run(
         params.encoder, x, config.encoder,
         mask=_real(source_lengths), positions=positions, rotate=embedding.rotation(config.positions),
-        gates=block.Gates(gates.encoder), dropout_key=key, capture=capture,
+        gates=block.Gates(gates.encoder), interventions=block.Interventions(interventions.encoder), kernel=kernel,
+        dropout_key=key, capture=block.Captures(capture.encoder),
     )  # fmt: skip
     return x, seen
 
 
 def _decode(
-    params, target, memory, config, *, source_lengths, gates, cache=None, real=None, dropout_key=None, capture=()
-):
+    params, target, memory, config, *, source_lengths, gates=Gates(), interventions=Interventions(),  # noqa: B008
+    kernel="auto", cache=None, real=None, dropout_key=None, capture=Captures(),  # noqa: B008
+):  # fmt: skip
     positions = jnp.arange(target.shape[-1]) if cache is None else None
     places = positions if cache is None else caches.positions(cache[0], target.shape[-1], real)
     x, key = _embed(params, target, places, config, dropout_key)
@@ -225,7 +265,8 @@ def _decode(
         params.decoder, x, config.decoder,
         memory=memory, mask=masks.causal(), memory_mask=_real(source_lengths), positions=positions,
         rotate=embedding.rotation(config.positions), gates=block.Gates(gates.decoder, gates.cross),
-        cache=cache, real=real, dropout_key=key, capture=capture,
+        interventions=block.Interventions(interventions.decoder, interventions.cross), kernel=kernel,
+        cache=cache, real=real, dropout_key=key, capture=block.Captures(capture.decoder, capture.cross),
     )  # fmt: skip
 
 
@@ -237,3 +278,7 @@ def _embed(params, tokens, positions, config, dropout_key):
 
 def _real(source_lengths: Array | None) -> masks.Mask | None:
     return None if source_lengths is None else masks.lengths(source_lengths)
+
+
+def _as_captures(given: Sequence[str] | Capture | Captures) -> Captures:
+    return Captures(*map(as_capture, given)) if isinstance(given, Captures) else Captures(*[as_capture(given)] * 3)

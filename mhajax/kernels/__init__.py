@@ -2,7 +2,8 @@
 
 `attend` is the contract. `dense` is the definition and holds every logit; `blockwise` gives the same numbers in memory
 that grows with T; `cudnn` and `splash` call what a platform has. `choice` is the one place where a path is picked, and
-`explain` prints what it picks and why. `ring` is for a sequence that is cut over devices, and is called by its name.
+`explain` prints what it picks and why. `rows` is for who looks at weights or changes them. `ring` is for a sequence
+that is cut over devices, and is called by its name.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from mhajax.kernels import blockwise, cudnn, dense, splash
+from mhajax.interventions import Capture, Patch, as_capture
+from mhajax.kernels import blockwise, cudnn, dense, rows, splash
 from mhajax.kernels.choice import NAMES, Choice, Request, choose, spread
 from mhajax.kernels.grid import Tiling
 from mhajax.kernels.pairs import hoist
 from mhajax.masks import Mask, Tokens
 
-__all__ = ["CAPTURES", "NAMES", "Choice", "Tiling", "attend", "explain"]
+__all__ = ["CAPTURES", "NAMES", "SUMMARIES", "Choice", "Tiling", "attend", "explain"]
 
 CAPTURES = ("logits", "weights", "log_sum_exp")
+SUMMARIES = ("entropy", "column_sums")
 
 
 def attend(
@@ -38,9 +42,12 @@ def attend(
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
-    capture: Sequence[str] = (),
+    capture: Sequence[str] | Capture = (),
     kernel: str = "auto",
     cached: bool = False,
+    logits: Patch | None = None,
+    weights: Patch | None = None,
+    real: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Scaled dot-product attention of every head, softmax(score(scale · q kᵀ) + bias, mask) v.
 
@@ -62,11 +69,16 @@ def attend(
       dropout_rate: share of the weights that is dropped.
       dropout_key: PRNG key; None is no dropout. Every path drops the same weights.
       capture: any of "logits" (after score and bias, -inf where masked) and "weights" (before dropout), [..., N, T, S],
-        and "log_sum_exp" [..., N, T] (-inf where nothing may be attended to). The first two hold T × S numbers; asking
-        changes no bit of the output.
+        "log_sum_exp" [..., N, T] (-inf where nothing may be attended to), "entropy" [..., N, T] of the weights in nats,
+        "column_sums" [..., N, S], the weights that every key receives. The first two hold T × S numbers, the others are
+        summed up in memory that grows with T. A Capture chooses heads and rows: only these are computed. Asking changes
+        no bit of the output.
       kernel: "auto", or one of NAMES. The blockwise path and those of the platforms have no forward-mode derivative:
         `jax.jvp`, `jax.hessian` and the like need kernel="dense".
       cached: k and v come from a cache: values are finite, and keys that are not have NaN.
+      logits, weights: patches as in `interventions.Intervention`. All heads are then computed by whole rows, a few
+        hundred at a time: "auto" or "dense".
+      real: bool [..., T], queries that count in "column_sums"; None: all.
 
     Returns:
       The heads' outputs [..., N, T, Hv] in the dtype of v, and the captured arrays.
@@ -88,11 +100,19 @@ def attend(
         log_sum_exp=False, cached=cached, spread=spread(),
     )  # fmt: skip
     choice = choose(request, kernel)
+    asked = as_capture(capture)
+    patched = logits is not None or weights is not None
+    if patched and kernel not in ("auto", "dense"):
+        raise ValueError(
+            f"kernels: kernel={kernel!r} cannot do this: a patch of logits or weights needs whole rows of them; use "
+            "kernel='auto' or 'dense'."
+        )
 
     given: dict[str, Any] = {
         "mask": mask, "bias": bias, "score": score, "constants": constants, "queries": queries, "keys": keys,
         "scale": scale, "dropout_rate": dropout_rate, "dropout_key": dropout_key,
     }  # fmt: skip
+    by_rows = rows.Given(**given, cached=cached, logits=logits, weights=weights)
     tiled = lambda tiling: blockwise.attend(q, k, v, tiling=tiling, **given)  # noqa: E731
     paths = {
         "dense": lambda: dense.attend(q, k, v, cached=cached, **given),
@@ -100,13 +120,29 @@ def attend(
         "cudnn": lambda: (cudnn.attend(q, k, v, mask=mask, scale=given["scale"]), None),
         "splash": lambda: (splash.attend(q, k, v, mask=mask, scale=given["scale"]), None),
     }
-    heads, log_sums = paths[choice.kernel]()
-    if log_sums is None and "log_sum_exp" in capture:
+    heads, log_sums = rows.attend(q, k, v, by_rows) if patched else paths[choice.kernel]()
+    names = asked.names
+    if log_sums is None and "log_sum_exp" in names:
         log_sums = tiled(choose(request, "blockwise").tiling)[1]
-    captured: dict[str, Any] = {"log_sum_exp": log_sums}
-    if "logits" in capture or "weights" in capture:
+    captured: dict[str, Any] = {}
+    if "log_sum_exp" in names and log_sums is not None:
+        captured["log_sum_exp"] = of_heads(log_sums[..., None], asked)[..., 0]
+    whole = choice.kernel == "dense" and not patched and asked.heads is None and asked.rows is None
+    if whole and ("logits" in names or "weights" in names):
         captured |= dense.look(q, k, v, cached=cached, **given)
-    return heads, {name: captured[name] for name in capture}
+    looked_at = [name for name in names if name not in ("log_sum_exp", *captured)]
+    if looked_at:
+        captured |= rows.look(
+            q, k, v, by_rows, names=looked_at, heads=asked.heads, rows=asked.rows, log_sums=log_sums, real=real
+        )
+    return heads, {name: captured[name] for name in names}
+
+
+def of_heads(array: Array, asked: Capture) -> Array:
+    """The heads and rows of [..., N, T, s] that are asked for."""
+    if asked.heads is not None:
+        array = array[..., np.array(asked.heads), :, :]
+    return array if asked.rows is None else array[..., np.array(asked.rows), :]
 
 
 def explain(
