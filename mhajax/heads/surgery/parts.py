@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -119,23 +120,25 @@ def chosen(who: str, what: str, given: ArrayLike, one: attention.Params) -> np.n
     return np.isin(np.arange(num_heads), array)
 
 
-def taken(one: attention.Params, queries: np.ndarray, keys: np.ndarray) -> attention.Params:
+@jax.jit
+def taken(one: attention.Params, queries: ArrayLike, keys: ArrayLike) -> attention.Params:
     """These query heads [..., N] and key heads [..., K] of an attention; zeros for -1."""
 
-    def take(w: Array, heads: np.ndarray) -> Array:
+    def take(w: Array, heads: Array) -> Array:
         index = _in_front(heads, w)
-        return jnp.where(index >= 0, jnp.take_along_axis(jnp.asarray(w), index, axis=heads.ndim - 1), 0)
+        return jnp.where(index >= 0, jnp.take_along_axis(w, index, axis=heads.ndim - 1), 0)
 
     return _of_heads(take, queries, keys, one)
 
 
-def mixed(one: attention.Params, other: attention.Params, queries: np.ndarray, keys: np.ndarray) -> attention.Params:
+@jax.jit
+def mixed(one: attention.Params, other: attention.Params, queries: ArrayLike, keys: ArrayLike) -> attention.Params:
     """These query heads (bool [..., N]) and key heads (bool [..., K]) of `other`, all else of `one`."""
     choose = lambda mine, its, heads: jnp.where(_in_front(heads, mine), its, mine)  # noqa: E731
     return _of_heads(choose, queries, keys, one, other)
 
 
-def _of_heads(change: Callable, queries: np.ndarray, keys: np.ndarray, *params: attention.Params) -> attention.Params:
+def _of_heads(change: Callable, queries: Any, keys: Any, *params: attention.Params) -> attention.Params:
     """`change` for every array that has an axis of heads, which are said last: query heads or key heads."""
     changed: dict[str, Any] = {}
     for field in attention.Params._fields:
@@ -145,6 +148,6 @@ def _of_heads(change: Callable, queries: np.ndarray, keys: np.ndarray, *params: 
     return params[0]._replace(**changed)
 
 
-def _in_front(heads: np.ndarray, w: Array) -> np.ndarray:
+def _in_front(heads: Array, w: Array) -> Array:
     """What is said about heads [..., N], with as many axes as an array [..., N, …]."""
     return heads.reshape(*heads.shape, *[1] * (w.ndim - heads.ndim))
