@@ -125,6 +125,107 @@ def difference(
     return _shaped(tally, axis, value, low, high, np.where(np.isnan(value), np.nan, 0.0))
 
 
+class Report(NamedTuple):
+    """The best head, chosen on some sentences and measured on others.
+
+    Attributes:
+      best: its value; `baseline` is the best alternative's, chosen the same way.
+      difference: best minus that baseline, paired.
+      chosen: which head each half of the sentences chose, as an index into the flattened head axes, [2, ...] and, with
+        seeds, [2, seeds, ...].
+      chosen_baseline: which alternative, likewise; None without alternatives.
+    """
+
+    best: Measure
+    difference: Measure
+    chosen: np.ndarray
+    chosen_baseline: np.ndarray | None
+
+
+def select_and_report(
+    tally: Tally,
+    *,
+    axis: int | tuple[int, int] = 0,
+    heads: int | tuple[int, ...],
+    alternatives: Tally | None = None,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Report:
+    """Choose the best head on one half of the sentences, report it on the other half; and the other way round.
+
+    The best of many heads on the sentences that chose it looks better than it is. Here every sentence is answered by
+    the head that the other half of the sentences chose, for each seed its own.
+
+    Args:
+      tally: larger is better.
+      axis: of the sentences, or (seed axis, sentence axis).
+      heads: the axes to choose from, e.g. (1, 3) of [seeds, L, sentences, N] with axis=(0, 2). What remains is kept.
+      alternatives: what to compare with, chosen in the same way: all fixed offsets, or as many untrained heads. The
+        same axes as `tally`, but for the sizes of `heads` (one size may be 1); with one for all seeds, that size is 1.
+        None: the baseline of the chosen head.
+      seed: of the halves.
+      level: of the intervals.
+
+    Returns:
+      A Report.
+
+    Raises:
+      ValueError: axes that are not there, or fewer than two sentences or seeds.
+
+    Example:
+      >>> import numpy as np
+      >>> hits = np.array([[1, 0, 1], [0, 1, 1], [0, 0, 1]] * 2)  # 6 sentences, 3 heads: the last is right
+      >>> report = select_and_report(Tally(hits, np.array(1), np.array(0.5)), heads=1)
+      >>> report.best.value.item(), report.difference.value.item(), report.chosen.tolist()
+      (1.0, 0.5, [2, 2])
+    """
+    ours, chosen = _cross_fitted(tally, axis, heads, seed)
+    theirs, other = ours, None
+    if alternatives is not None:
+        theirs, other = _cross_fitted(alternatives, axis, heads, seed)
+        theirs = Tally(theirs.total, theirs.count, theirs.total)
+    # A sentence's baseline is counted like its head's answers: the same questions, so that both can be subtracted.
+    rate = np.divide(theirs.baseline, theirs.count, out=np.zeros_like(theirs.total), where=theirs.count > 0)
+    fitted = Tally(ours.total, ours.count, rate * ours.count)
+    where = 0 if not isinstance(axis, tuple) else (0, 1)
+    return Report(estimate(fitted, axis=where, level=level), difference(fitted, axis=where, level=level), chosen, other)
+
+
+def _cross_fitted(
+    tally: Tally, axis: int | tuple[int, int], heads: int | tuple[int, ...], seed: int
+) -> tuple[Tally, np.ndarray]:
+    """[(seeds,) sentences, kept axes]: in each half of the sentences the head that the other half chose; and which."""
+    arrays = np.broadcast_arrays(*(np.asarray(part, float) for part in tally))
+    shape = arrays[0].shape
+    units = axis if isinstance(axis, tuple) else (axis,)
+    over = heads if isinstance(heads, tuple) else (heads,)
+    named = [a % len(shape) for a in (*units, *over) if -len(shape) <= a < len(shape)]
+    if len(set(named)) < len(units) + len(over) or shape[units[-1]] < 2:
+        raise ValueError(
+            "statistics.select_and_report: axis and heads must be different axes of a tally with at least 2 sentences, "
+            f"got axis={axis}, heads={heads} and {shape}."
+        )
+    kept = [a for a in range(len(shape)) if a not in named]
+    order = [*named[: len(units)], *kept, *named[len(units) :]]
+    flat = [array.transpose(order) for array in arrays]
+    flat = [array.reshape(*array.shape[: len(units) + len(kept)], -1) for array in flat]
+    sentences = len(units) - 1  # the axis of the sentences now; the heads are last
+    size = flat[0].shape[sentences]
+    halves = np.array_split(np.random.default_rng(seed).permutation(size), 2)
+    out = [np.zeros(array.shape[:-1]) for array in flat]
+    chosen = []
+    for choose, report in (halves, halves[::-1]):
+        total, count = (np.take(array, choose, sentences).sum(sentences) for array in flat[:2])
+        rate = np.divide(total, count, out=np.full_like(total, -np.inf), where=count > 0)
+        best = rate.argmax(-1)
+        chosen.append(best)
+        index = np.expand_dims(best, (sentences, -1))
+        part = (slice(None),) * sentences + (report,)
+        for filled, array in zip(out, flat, strict=True):
+            filled[part] = np.take_along_axis(array[part], index, axis=-1)[..., 0]
+    return Tally(*out), np.stack(chosen)
+
+
 class Estimate(NamedTuple):
     """A value and its 95 % interval; arrays of the same shape."""
 
