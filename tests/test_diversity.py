@@ -146,9 +146,12 @@ def test_debiased_cka(measured):
 
     np.testing.assert_allclose(tally.total, by_pairs(one), rtol=1e-3, atol=1e-4)
     random = np.random.default_rng(0)
-    chance = [diversity.debiased_cka(random.normal(size=(2, 17, H)).astype(np.float32)).total[0, 1] for _ in range(200)]
-    assert abs(np.mean(chance)) < 4 * np.std(chance) / 200**0.5  # where plain CKA is
-    assert diversity.linear_cka(random.normal(size=(2, 17, H)).astype(np.float32)).baseline[0, 1] > 0.1
+    unrelated = random.normal(size=(200, 2, 17, H)).astype(np.float32)
+    chance = diversity.debiased_cka(unrelated).total[:, 0, 1]
+    assert abs(np.mean(chance)) < 4 * np.std(chance) / 200**0.5  # where the other has
+    plain = diversity.linear_cka(unrelated)
+    assert np.mean(plain.total[:, 0, 1]) > 0.15
+    np.testing.assert_allclose(np.mean(plain.total[:, 0, 1]), np.mean(plain.baseline[:, 0, 1]), rtol=0.05)
 
 
 def test_cka_knows_no_rotation_and_no_scale():

@@ -178,6 +178,8 @@ def test_a_relation_is_compared_with_the_best_fixed_offset():
     visible = np.ones((B, 1, T, s), bool)
     visible[1, :, :, 3:] = False
     gold = random.random((B, 1, T, s)) < 0.15
+    gold[:2] |= np.eye(T, s, k=1, dtype=bool)
+    gold[2:] |= np.eye(T, s, k=-2, dtype=bool)
     weights = random.random((L, B, N, T, s)).astype(np.float32)
     found = roles.relation(weights, gold, visible, offsets=range(-3, 4))
     right = gold & visible

@@ -129,16 +129,16 @@ def to_words(
     References:
       Clark et al. 2019, "What Does BERT Look At?", section 4.1.
     """
-    weights = _weights("to_words", weights, 2)
+    weights, query_words, key_words = _weights("to_words", weights, 2), jnp.asarray(query_words), jnp.asarray(key_words)
     for name, words, size in (("query_words", query_words, -2), ("key_words", key_words, -1)):
-        if jnp.shape(words)[-1:] != (weights.shape[size],):
+        if words.shape[-1:] != (weights.shape[size],):
             raise ValueError(
                 f"alignment.to_words: {name} must have a number for each of {weights.shape[size]} tokens, "
-                f"got {jnp.shape(words)}."
+                f"got {words.shape}."
             )
-    parts = jnp.asarray(query_words)[..., None, :] == jnp.arange(num_queries)[:, None]  # [..., words, T]
+    parts = query_words[..., None, :] == jnp.arange(num_queries)[:, None]  # [..., words, T]
     mean = parts / jnp.maximum(jnp.sum(parts, axis=-1, keepdims=True), 1)
-    into = jnp.asarray(key_words)[..., :, None] == jnp.arange(num_keys)  # [..., S, words]
+    into = key_words[..., :, None] == jnp.arange(num_keys)  # [..., S, words]
     precise = jax.lax.Precision.HIGHEST
     return jnp.matmul(jnp.matmul(mean, weights, precision=precise), into.astype(weights.dtype), precision=precise)
 

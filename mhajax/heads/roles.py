@@ -234,11 +234,11 @@ def relation(
     References:
       Clark et al. 2019, section 4.2; Voita et al. 2019, section 5.2.
     """
-    shape = jnp.shape(weights)
+    tally = strongest(weights, gold, visible)
     right = jnp.asarray(gold) & jnp.asarray(visible)
-    apart = _apart(shape)
+    apart = _apart(jnp.shape(weights))
     by_offset = jnp.stack([jnp.sum(right & (apart == places), axis=(-2, -1)) for places in offsets], axis=-1)
-    found = Relation(strongest(weights, gold, visible), by_offset)
+    found = Relation(tally, by_offset)
     return found._replace(tally=against_offset(found, best_offset(by_offset)))
 
 
@@ -265,19 +265,17 @@ def _weights(name: str, weights: ArrayLike) -> Array:
 
 def _wanted(wanted: ArrayLike, visible: ArrayLike, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
     """Wanted keys that can be seen [..., T, S]; how many queries see one, and what uniform attention gives, [...]."""
-    visible = jnp.asarray(visible)
-    wanted = jnp.asarray(wanted) & visible
+    wanted, visible = jnp.asarray(wanted), jnp.asarray(visible)
     for name, array in (("visible", visible), ("wanted keys", wanted)):
         if array.dtype != bool or not _fits(array.shape, shape):
             raise ValueError(
                 f"roles: {name} must be bool and broadcast to weights [..., T, S] = {shape}, "
                 f"got {array.dtype} {array.shape}; put axes of 1 where they are shared, as in visible[:, None]."
             )
-    keys = jnp.sum(jnp.broadcast_to(visible, wanted.shape), axis=-1)
-    asked = jnp.broadcast_to(wanted, (*wanted.shape[:-2], *shape[-2:]))
-    share = jnp.sum(wanted, axis=-1) / jnp.maximum(keys, 1)
-    share = jnp.broadcast_to(share, asked.shape[:-1])
-    return wanted, jnp.sum(jnp.any(asked, axis=-1), axis=-1), jnp.sum(share, axis=-1)
+    wanted, visible = (jnp.broadcast_to(a, (*a.shape[:-2], *shape[-2:])) for a in (wanted, visible))
+    wanted = wanted & visible
+    share = jnp.sum(wanted, axis=-1) / jnp.maximum(jnp.sum(visible, axis=-1), 1)
+    return wanted, jnp.sum(jnp.any(wanted, axis=-1), axis=-1), jnp.sum(share, axis=-1)
 
 
 def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
