@@ -16,6 +16,7 @@ from experiments.bench import (
     case,
     decode,
     flops,
+    heads,
     layer,
     machine,
     measure,
@@ -105,6 +106,18 @@ def test_every_peer_computes_the_layer(quick_compiles, causal, backward):
 def test_every_peer_decodes(quick_compiles):
     shape = dataclasses.replace(CORE, batch=2, length=1, keys=5, heads=3, width=4, d_model=12)
     agree(decode.rows(shape, list(decode.BUILDERS), Settings(0.0)))
+
+
+def test_what_is_done_with_heads_agrees(quick_compiles, monkeypatch):
+    monkeypatch.setattr(heads, "LAYERS", 2)
+    for shape, others in (
+        (heads.ablation_case(5, 12, 2, heads=3), {"lifted", "loop"}),
+        (heads.half_case(7, 12, 2, heads=6), {"all-heads"}),
+        (heads.capture_case(9, 12, 1, heads=3), {"rows", "plain"}),
+    ):
+        rows = heads.rows(shape, list(heads.BUILDERS), Settings(0.0))
+        assert {row.implementation for row in rows} == {"ours", *others}
+        assert {row.note for row in rows} == {None}, [row.note for row in rows]
 
 
 def answering(*arrays):

@@ -56,7 +56,7 @@ def test_the_gate_without_noise():
     closed, half, whole = np.log(1 / 11), 0.0, np.log(11)  # σ = 1/12, 1/2, 11/12
     found = gates.deterministic(jnp.array([closed - 0.01, closed + 0.01, half, 1.0, whole - 0.01, whole + 0.01]))
     assert found[0] == 0 < found[1] < 0.01 and 0.99 < found[4] < 1 == found[5]
-    np.testing.assert_allclose(found[2:4], [0.5, 1.2 * sigmoid(1) - 0.1], rtol=1e-6)
+    np.testing.assert_allclose(found[2:4], 1.2 * sigmoid([0, 1]) - 0.1, rtol=1e-6)
 
 
 def test_the_penalty_counts_heads_that_may_be_open():

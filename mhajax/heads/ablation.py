@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from mhajax import attention, block, embedding, masks, mlp, norm, transformer, translator
 from mhajax.attention import KeysValues
@@ -34,6 +35,13 @@ class _Stack(NamedTuple):
     config: transformer.Config
     own: dict[str, Any]  # mask, positions, rotate
     memory_mask: Mask | None
+
+
+class _Sums(NamedTuple):
+    """For the attention to x and to the memory: x after it [B, T, D], and the heads [B, N, T, Hv] that were added."""
+
+    attention: tuple[Array, Array]
+    cross: tuple[Array, Array] | None
 
 
 def of_stack(
@@ -97,7 +105,7 @@ def of_stack(
         return jnp.swapaxes(losses, -1, -2)
 
     found = of_part(False, sums.attention, params.layers.attention.w_o)
-    if params.layers.cross is None:
+    if params.layers.cross is None or sums.cross is None:
         return block.Gates(found)
     return block.Gates(found, of_part(True, sums.cross, params.layers.cross.w_o))
 
@@ -109,7 +117,7 @@ def of_translator(
     config: translator.Config,
     readout: Callable[[Array], Array],
     *,
-    source_lengths: Array | None = None,
+    source_lengths: ArrayLike | None = None,
     batch_size: int | None = None,
 ) -> translator.Gates:
     """The losses without each head of a translator: of the encoder, the decoder, and the attention between them.
@@ -129,21 +137,21 @@ def of_translator(
         embedding.embed(params.embedding, tokens, place, config.positions)
         for tokens, place in zip((source, target), places, strict=True)
     ]
-    reading = {"mask": real, "positions": places[0], "rotate": rotate}
-    writing = {"mask": masks.causal(), "memory_mask": real, "positions": places[1], "rotate": rotate}
+    reading: dict[str, Any] = {"mask": real, "positions": places[0], "rotate": rotate}
+    writing: dict[str, Any] = {"mask": masks.causal(), "memory_mask": real, "positions": places[1], "rotate": rotate}
     memory = transformer.apply(params.encoder, words[0], config.encoder, **reading)
 
     def decoded(memory: Array) -> Array:
         return readout(transformer.apply(params.decoder, words[1], config.decoder, memory=memory, **writing))
 
-    sizes = {"batch_size": batch_size}
-    encoder = of_stack(params.encoder, words[0], config.encoder, decoded, **reading, **sizes)
-    decoder = of_stack(params.decoder, words[1], config.decoder, readout, memory=memory, **writing, **sizes)
+    encoder = of_stack(params.encoder, words[0], config.encoder, decoded, batch_size=batch_size, **reading)
+    decoder = of_stack(
+        params.decoder, words[1], config.decoder, readout, memory=memory, batch_size=batch_size, **writing
+    )
     return translator.Gates(encoder.attention, decoder.attention, decoder.cross)
 
 
-def _layer(stack: _Stack, x: Array, layer: tuple[block.Params, KeysValues | None]) -> tuple[Array, block.Gates]:
-    """One layer; and for each attention x after it [B, T, D], with the heads [B, N, T, Hv] that were added."""
+def _layer(stack: _Stack, x: Array, layer: tuple[block.Params, KeysValues | None]) -> tuple[Array, _Sums]:
     params, memory = layer
     y, seen = attention.apply_captured(
         params.attention, norm.apply(params.attention_norm, x), stack.config, capture=("heads",), **stack.own
@@ -153,7 +161,7 @@ def _layer(stack: _Stack, x: Array, layer: tuple[block.Params, KeysValues | None
     if memory is not None:
         x, heads = _across(stack, params, memory, x)
         across = (x, heads)
-    return _feed_forward(stack, params, x), block.Gates(sums, across)
+    return _feed_forward(stack, params, x), _Sums(sums, across)
 
 
 def _rest_of_layer(stack: _Stack, index: Array, x: Array, *, across: bool) -> Array:
@@ -170,6 +178,7 @@ def _whole_layer(stack: _Stack, index: Array, x: Array) -> Array:
 
 
 def _across(stack: _Stack, params: block.Params, memory: KeysValues, x: Array) -> tuple[Array, Array]:
+    assert params.cross is not None and params.cross_norm is not None, "transformer.keys_values has refused this"
     y, seen = attention.apply_to(
         params.cross, norm.apply(params.cross_norm, x), memory, stack.config, mask=stack.memory_mask, capture=("heads",)
     )
@@ -181,4 +190,4 @@ def _feed_forward(stack: _Stack, params: block.Params, x: Array) -> Array:
 
 
 def _layer_at(stack: _Stack, index: Array) -> tuple[block.Params, KeysValues | None]:
-    return jax.tree.map(lambda leaf: leaf[index], stack.layers)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], stack.layers)

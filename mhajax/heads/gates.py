@@ -36,6 +36,7 @@ class Optimizer(Protocol):
 
     def update(self, updates: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
         """What to add to the parameters, and the next state, from gradients."""
+        ...
 
 
 class Fit(NamedTuple):

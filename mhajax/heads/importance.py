@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
 
 from mhajax.heads.statistics import Tally
 
@@ -62,7 +63,7 @@ def ablations(loss: Loss, gates: Any, *, batch_size: int | None = None) -> Any:
     return _by_head(jax.lax.map(without, jnp.arange(flat.size), batch_size=batch_size), gates)
 
 
-def lost(without: Any, full: Array, *, tokens: Array | None = None) -> Any:
+def lost(without: Any, full: Array, *, tokens: ArrayLike | None = None) -> Any:
     """What each removal costs: the loss without the head minus the loss with all of them, nats per token.
 
     Above 0 the head is of use, below 0 the model is better without it. Baseline: 0, a head whose removal changes
@@ -79,7 +80,7 @@ def lost(without: Any, full: Array, *, tokens: Array | None = None) -> Any:
     return jax.tree.map(lambda losses: _tally(losses - full[:, None], tokens), without)
 
 
-def michel(loss: Loss, gates: Any, *, tokens: Array | None = None) -> Any:
+def michel(loss: Loss, gates: Any, *, tokens: ArrayLike | None = None) -> Any:
     """Importance I_h = E_x |∂L(x)/∂gate_h|, the absolute value taken for every sentence, in one backward pass.
 
     The derivative of the mean loss is not that: at a minimum it is small because sentences that want more of a head
@@ -106,7 +107,7 @@ def michel(loss: Loss, gates: Any, *, tokens: Array | None = None) -> Any:
     return jax.tree.map(lambda slope: _tally(jnp.abs(slope), tokens), slopes)
 
 
-def attribution(loss: Loss, amounts: Any, *, tokens: Array | None = None) -> Any:
+def attribution(loss: Loss, amounts: Any, *, tokens: ArrayLike | None = None) -> Any:
     """Attribution patching: the derivative of the loss with respect to the amount of every patch, in one backward pass.
 
     An estimate to first order of what the whole patch (amount 1) would change: exact if the loss is linear in the
@@ -129,7 +130,7 @@ def attribution(loss: Loss, amounts: Any, *, tokens: Array | None = None) -> Any
     return jax.tree.map(lambda slope: _tally(slope, tokens), slopes)
 
 
-def attribution_along(loss: Loss, amounts: Any, directions: Any, *, tokens: Array | None = None) -> Tally:
+def attribution_along(loss: Loss, amounts: Any, directions: Any, *, tokens: ArrayLike | None = None) -> Tally:
     """`attribution` of a few patches or groups of patches, one forward-mode derivative each; nothing is kept in memory.
 
     Cheaper than `attribution` for one or two directions, and for what has no backward pass. Forward mode needs
@@ -149,7 +150,7 @@ def attribution_along(loss: Loss, amounts: Any, directions: Any, *, tokens: Arra
     return _tally_of_sentences(slopes, tokens)
 
 
-def interactions(loss: Loss, gates: Any, *, tokens: Array | None = None, batch_size: int | None = None) -> Tally:
+def interactions(loss: Loss, gates: Any, *, tokens: ArrayLike | None = None, batch_size: int | None = None) -> Tally:
     """How heads depend on one another: ∂²L(x)/∂gate_i ∂gate_j for every sentence.
 
     To second order, removing i and j together costs this much more than the sum of both alone. Above 0 they can stand
@@ -203,7 +204,9 @@ def ranking(measured: Any) -> Array:
     return jnp.argsort(jnp.concatenate([value.ravel() for value in values]))
 
 
-def curve(loss: Loss, gates: Any, order: Array, *, tokens: Array | None = None, batch_size: int | None = None) -> Tally:
+def curve(
+    loss: Loss, gates: Any, order: Array, *, tokens: ArrayLike | None = None, batch_size: int | None = None
+) -> Tally:
     """A pruning curve: the losses after more and more heads are removed.
 
     Args:
@@ -266,12 +269,12 @@ def _flat_by_sentence(tree: Any) -> Array:
     return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in turned], axis=-1)
 
 
-def _tally(total: Array, tokens: Array | None) -> Tally:
+def _tally(total: Array, tokens: ArrayLike | None) -> Tally:
     """total [..., B, N]; the baseline of everything here is 0."""
     count = jnp.ones(total.shape[-2]) if tokens is None else jnp.asarray(tokens)
     return Tally(total, count[:, None], jnp.zeros_like(total))
 
 
-def _tally_of_sentences(total: Array, tokens: Array | None) -> Tally:
+def _tally_of_sentences(total: Array, tokens: ArrayLike | None) -> Tally:
     """total [..., B]."""
     return Tally(total, jnp.ones(total.shape[-1]) if tokens is None else jnp.asarray(tokens), jnp.zeros_like(total))
