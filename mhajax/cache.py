@@ -27,6 +27,7 @@ from jax.typing import ArrayLike
 
 from mhajax import attention, masks
 from mhajax.attention import KeysValues
+from mhajax.interventions import Intervention
 from mhajax.masks import Mask
 
 _NOWHERE = 2**30  # the position of a slot that holds no token: after every query
@@ -99,6 +100,7 @@ def extend(
     real: Array | None = None,
     mask: Mask | ArrayLike | None = None,
     rotate: Callable[[Array, Array], Array] | None = None,
+    intervention: Intervention = Intervention(),  # noqa: B008 - an immutable tuple
     **options: Any,
 ) -> tuple[Array, Cache, dict[str, Array]]:
     """Attention of t more tokens to those in the cache and to themselves: the same as `attention.apply` on all of them.
@@ -112,8 +114,9 @@ def extend(
       mask: who may attend to whom, such as `masks.causal()`; slots without a token are hidden in any case. What it
         looks up by index (`lengths`, `segments`, `dense`) is looked up for all tokens seen, not for the chunk.
       rotate: as in `attention.apply`.
-      **options: gates, intervention, score, dropout_rate, dropout_key, capture and kernel as in
-        `attention.apply_captured`. In patches and captures T are the new tokens, S the slots of the cache.
+      intervention: as in `attention.apply`; T are the new tokens, S the slots of the cache. The cache keeps what would
+        be there without it.
+      **options: gates, score, dropout_rate, dropout_key, capture and kernel as in `attention.apply_captured`.
 
     Returns:
       The output [..., t, D], the cache with x in it, and a dict with an array for every name in `capture`.
@@ -136,6 +139,8 @@ def extend(
     size = x.shape[-2]
     mask = masks.as_mask(mask)
     _check_mask(mask, cache, options.get("bias"), real)
+    _check_mask(intervention.edges, cache, None, real)
+    _check_patches(intervention, cache)
     at = positions(cache, size, real)
     new = attention.keys_values(params, x, config, positions=at, rotate=rotate)
     after = append(cache, new, real)
@@ -150,7 +155,7 @@ def extend(
         params, x, answers, config,
         mask=visible if mask is None else visible & mask, positions=at, rotate=rotate,
         start=cache.length if cache.length.ndim == 0 else 0, keys=masks.tokens(places.shape[-1], places),
-        cached=size < _FEW, **options,
+        cached=size < _FEW, intervention=intervention, real=real, **options,
     )  # fmt: skip
     if not cache.rolling:
         overflow = after.length > cache.capacity
@@ -261,6 +266,23 @@ def _check_mask(mask: Mask | None, cache: Cache, bias: Any, real: Array | None) 
             f"cache.extend: a mask written out for {mask.sizes()[0]} queries needs rows that are at the same place, "
             f"got {'real=' if real is not None else f'lengths {cache.length.shape}'}; use masks that compare positions."
         )
+
+
+def _check_patches(intervention: Intervention, cache: Cache) -> None:
+    """Keys that a patch names one by one have fixed places."""
+    if not cache.rolling:
+        return
+    axis_of_keys = {"keys": -2, "values": -2, "logits": -1, "weights": -1}
+    for name, axis in axis_of_keys.items():
+        patch = getattr(intervention, name)
+        if patch is None:
+            continue
+        shape = np.shape(patch.value)
+        if len(shape) >= -axis and shape[axis] > 1:
+            raise ValueError(
+                f"cache.extend: with a rolling cache a patch cannot name keys one by one, got intervention.{name} of "
+                f"shape {shape}; share it (1 on the axis S), or use a cache that is not rolling."
+            )
 
 
 def _by_index(mask: Mask | None) -> bool:
