@@ -119,6 +119,31 @@ def _sample(arguments: list[str]) -> int:
     return 0
 
 
+def _heads(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments heads",
+        description="Measure what the heads of a run do, with intervals and baselines; writes RUN/report.html.",
+    )
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--sentences", type=int, help="how many held-out sentences are measured")
+    parser.add_argument("--shown", type=int, help="how many of them the page shows with every head")
+    parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+    options = parser.parse_args(arguments)
+
+    from rich.console import Console
+
+    host.keep_memory()
+
+    from experiments import run
+
+    given = {name: getattr(options, name) for name in ("sentences", "shown")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    numbers = run.heads(options.run, Console(stderr=options.json), **changes)
+    if options.json:
+        print(json.dumps(numbers, ensure_ascii=False))
+    return 0
+
+
 def _fetch(arguments: list[str]) -> int:
     from experiments.data import fetch
 
@@ -134,6 +159,7 @@ def _bench(arguments: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "translate": _translate,
     "sample": _sample,
+    "heads": _heads,
     "fetch": _fetch,
     "bench": _bench,
 }

@@ -63,6 +63,26 @@ class Decoding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The table [heads]: the report about the heads, report.html in the run's folder.
+
+    Attributes:
+      report: make it at the end of the run; `python -m experiments heads RUN` makes it at any time.
+      sentences: how many held-out sentences (or windows of a text) are measured.
+      shown: how many of them can be looked at, with every head.
+    """
+
+    report: bool = False
+    sentences: int = 200
+    shown: int = 8
+
+    def __post_init__(self):
+        for name, least in (("sentences", 4), ("shown", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Translation:
     """`kind = "translation"`: train a translator, report BLEU and chrF, show its heads."""
 
@@ -73,6 +93,7 @@ class Translation:
     model: translator.Config
     training: training.Config = training.Config()
     decoding: Decoding = Decoding()
+    heads: Heads = Heads()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +154,7 @@ class LanguageModelling:
     model: language_model.Config
     training: training.Config = training.Config()
     sampling: Sampling = Sampling()
+    heads: Heads = Heads(sentences=32)
 
 
 Experiment = Translation | LanguageModelling

@@ -20,8 +20,9 @@ from experiments.config import LanguageModelling, Sampling
 from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import Vocabulary
 from experiments.errors import ConfigError
-from experiments.task import Task
-from experiments.translation import VOCABULARY, mean_and_spread, seeds_of
+from experiments.heads import examined
+from experiments.task import Task, seeds_of
+from experiments.translation import VOCABULARY, mean_and_spread
 from mhajax import decoding, language_model, linen, losses
 
 
@@ -62,6 +63,8 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
         batches=lambda seen: stream.iterate(stream.position(seen)),
         tokens=lambda batch: batch.shape[0] * (batch.shape[1] - 1),
         evaluate=evaluate,
+        examine=partial(examined.of_language_model, config, corpus, words),
+        functional=partial(linen.functional, model),
         report=report,
         epoch=None,
         hashes=corpus.hashes,

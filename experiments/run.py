@@ -6,7 +6,8 @@ runs/grammar-1a2b3c4d/
   metrics.jsonl       a line a batch (loss, gradient norm, …) and a line an evaluation
   checkpoints/        latest state, best parameters
   vocabulary.json     the tokenizer
-  figures/            pictures, each as SVG and PNG with its CSV
+  figures/            pictures, each as SVG, PDF and PNG with its CSV
+  report.html         what the heads do (if it was asked for); heads.json has its numbers
   result.json         written last: a run with a result is finished
 """
 
@@ -30,11 +31,12 @@ from experiments import config as configs
 from experiments import language_modelling, schema, translation
 from experiments.errors import ConfigError, DataError, UserError
 from experiments.progress import Board, Display, Times, write
-from experiments.task import Task
+from experiments.task import Task, seeds_of
 from mhajax import training
 
 CONFIG, ENVIRONMENT, METRICS = "config.toml", "environment.json", "metrics.jsonl"
 RESULT = "result.json"
+HEADS, REPORT = "heads.json", "report.html"
 _PACKAGES = ("mhajax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "sacrebleu")
 
 
@@ -112,6 +114,8 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
         **(_timing_of(folder) if finished else times.summary()),
     }
     _curve(folder, config)
+    if config.heads.report:
+        _report_heads(config, folder, task, params, console)
     write(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     console.print(
         f"{result['parameters']:,} parameters, {result['seconds']:.0f} s, "
@@ -135,7 +139,7 @@ def translate(path: str | Path, sentences: Sequence[str], *, beams: int | None =
     _, params = trained(config, folder)
     wanted = [sentence for sentence in sentences if sentence.strip()]
     translator = translation.load_translator(config, folder)
-    outputs = iter(translator(translation.seeds_of(params)[0], wanted, beams=beams) if wanted else [])
+    outputs = iter(translator(seeds_of(params)[0], wanted, beams=beams) if wanted else [])
     return [next(outputs) if sentence.strip() else "" for sentence in sentences]
 
 
@@ -156,7 +160,46 @@ def sample(path: str | Path, seed: int = 0, **changes: Any) -> str:
         raise UserError(f"sample: {error}") from None
     _, params = trained(config, folder)
     write = language_modelling.load_writer(config, folder)
-    return write(language_modelling.seeds_of(params)[0], sampling, seed)
+    return write(seeds_of(params)[0], sampling, seed)
+
+
+def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:
+    """Measure the heads of an earlier run: writes report.html, heads.json and figures to its folder.
+
+    Args:
+      path: the folder of the run.
+      console: where a person reads.
+      **changes: to the config's [heads].
+
+    Returns:
+      What stands in heads.json.
+    """
+    config, folder = load_run(path)
+    try:
+        config = dataclasses.replace(config, heads=dataclasses.replace(config.heads, **changes))
+    except ValueError as error:
+        raise UserError(f"heads: {error}") from None
+    task, params = trained(config, folder)
+    return _report_heads(config, folder, task, params, console)
+
+
+def _report_heads(
+    config: configs.Experiment, folder: Path, task: Task, params: Any, console: Console
+) -> dict[str, Any]:
+    from experiments import heads
+    from mhajax import figures
+
+    settings = config.heads
+    found = heads.examine(
+        task, params, config.training.seed, folder.name,
+        sentences=settings.sentences, shown=settings.shown, console=console,
+    )  # fmt: skip
+    for name, drawing in found.drawings.items():
+        figures.save(drawing, folder / "figures" / "heads" / name)
+    write(folder / HEADS, json.dumps(found.numbers, indent=1, ensure_ascii=False) + "\n")
+    found.page.save(folder / REPORT)
+    console.print(f"the report about the heads is {folder / REPORT}, its numbers are {folder / HEADS}", soft_wrap=True)
+    return found.numbers
 
 
 def trained(config: configs.Experiment, folder: Path) -> tuple[Task, Any]:

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jax import Array
 from rich.console import Console
+
+from experiments.heads.examined import Examined
 
 
 class Task(NamedTuple):
@@ -19,6 +22,8 @@ class Task(NamedTuple):
       batches: number of batches seen → the batches that follow.
       tokens: a batch → how many tokens it predicts (padding not counted).
       evaluate: parameters [seeds, ...] → {name: number per seed}; "score" chooses the best, higher is better.
+      examine: number of sentences → what the measures of heads take; see `experiments.heads`.
+      functional: parameters of the Flax module (one seed) → those of the functions.
       report: (parameters [seeds, ...], folder) → the result; prints what a person wants to see, writes figures.
       epoch: batches per epoch; None where there are none.
       hashes: what data was used, name → SHA-256.
@@ -30,7 +35,15 @@ class Task(NamedTuple):
     batches: Callable[[int], Iterable[Any]]
     tokens: Callable[[Any], int]
     evaluate: Callable[[Any], dict[str, list[float]]]
+    examine: Callable[[int], Examined]
+    functional: Callable[[Any], Any]
     report: Callable[[Any, Path, Console], dict[str, Any]]
     epoch: int | None
     hashes: dict[str, str]
     notes: tuple[str, ...]
+
+
+def seeds_of(params: Any) -> list[Any]:
+    """The parameters of each seed, of parameters [seeds, ...]."""
+    count = len(jax.tree.leaves(params)[0])
+    return [jax.tree.map(lambda a, i=i: a[i], params) for i in range(count)]

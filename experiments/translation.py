@@ -16,11 +16,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import heads_table
 from experiments.config import Translation
-from experiments.data import batches, corpora, grammar, vocabulary
+from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import BOS, EOS, Vocabulary
-from experiments.task import Task
+from experiments.heads import examined, findings, gold, measure, numbers, table
+from experiments.task import Task, seeds_of
 from mhajax import decoding, linen, losses, transformer, translator
 
 VOCABULARY = "vocabulary.json"
@@ -66,6 +66,8 @@ def prepare(config: Translation, folder: Path) -> Task:
         batches=lambda seen: training_batches.iterate(training_batches.position(seen)),
         tokens=lambda batch: int(batch.target_lengths.sum()),
         evaluate=evaluate,
+        examine=partial(examined.of_translator, config, corpus, words),
+        functional=partial(linen.functional, model),
         report=partial(_report, config, corpus, words, model, translate),
         epoch=training_batches.batches_per_epoch,
         hashes=corpus.hashes,
@@ -201,12 +203,6 @@ def _validation_loss(config: Translation, model: linen.Translator) -> Callable[[
     return mean
 
 
-def seeds_of(params: Any) -> list[Any]:
-    """The parameters of each seed."""
-    count = len(jax.tree.leaves(params)[0])
-    return [jax.tree.map(lambda a, i=i: a[i], params) for i in range(count)]
-
-
 def _report(config, corpus, words, model, translate, params, folder: Path, console: Console) -> dict[str, Any]:
     seeds = seeds_of(params)
     tests: dict[str, dict[str, Any]] = {}
@@ -227,7 +223,8 @@ def _report(config, corpus, words, model, translate, params, folder: Path, conso
     _show_scores(console, tests, signatures)
     main = next(iter(corpus.tests))
     _show_sample(console, corpus.tests[main], first_outputs[main])
-    heads = _show_heads(config, corpus, words, model, seeds[0], main, folder, console)
+    shown = examined.of_translator(config, corpus, words, _HEADS_MEASURED_ON)
+    heads = _show_heads(shown, linen.functional(model, seeds[0]), folder, console)
     return {
         **{name: value for name, value in tests[main].items() if name != "sentences"},
         "bleu_signature": signatures["bleu"], "chrf_signature": signatures["chrf"],
@@ -276,45 +273,36 @@ def _show_sample(console: Console, pairs: corpora.Sentences, outputs: list[str],
         console.print(f"  [dim]reference [/dim] {mark}\n", highlight=False, soft_wrap=True)
 
 
-def _show_heads(
-    config, corpus, words, model, params, test: str, folder: Path, console: Console
-) -> list[dict[str, Any]]:
-    """The table of the heads and the picture of cross-attention, for the first seed."""
+def _show_heads(model: examined.Examined, params: Any, folder: Path, console: Console) -> list[dict[str, Any]]:
+    """The table of the heads and the picture of cross-attention, for one seed."""
     from mhajax import figures
 
-    functional = linen.functional(model, params)
+    found = findings.of_one(model, measure.looks(model)(params))
+    table.show(console, model.kinds, found)
 
-    @jax.jit
-    def capture(batch) -> translator.Seen:
-        return translator.apply_captured(
-            functional, batch.source, batch.target[:, :-1], model.config, source_lengths=batch.source_lengths
-        )[1]
-
-    pairs = _ids(words, corpus.tests[test][:_HEADS_MEASURED_ON])
-    gold = corpus.gold[test][: len(pairs)] if test in corpus.gold and words.kind == "words" else None
-    rows, baseline = heads_table.measure(capture, pairs, gold, config.batches.boundaries)
-    heads_table.show(console, rows, baseline)
-
-    chosen = _worth_showing(pairs, gold)
-    batch = next(iter(batches.evaluation_pairs([pairs[chosen]], batch_size=1, boundaries=config.batches.boundaries)))
-    source_length, target_length = int(batch.source_lengths[0]), int(batch.target_lengths[0])
-    weights = np.asarray(capture(batch).cross["weights"])[:, 0, :, :target_length, :source_length]
+    batch, row = _worth_showing(model)
+    words = model.sentence(batch, row).written
+    weights = np.asarray(jax.jit(model.capture, static_argnums=2)(params, batch, ("weights",))["cross"]["weights"])
     drawing = figures.attention_patterns(
-        weights,
-        [*words.pieces(pairs[chosen][1]), "end"], [*words.pieces(pairs[chosen][0]), "end"],
+        weights[:, row, :, : len(words.queries), : len(words.keys)],
+        words.queries, words.keys,
         title="Cross-attention of every head: the word being written (rows) reads the source (columns)",
     )  # fmt: skip
     figures.save(drawing, folder / "figures" / "cross_attention")
-    return heads_table.as_json(rows, baseline)
+    return numbers.of_one(model, found)
 
 
-def _worth_showing(pairs: Sequence[tuple[list[int], list[int]]], gold: Sequence[grammar.Pair] | None) -> int:
-    """The number of a sentence that fits a page, and in which the languages order their words differently."""
-    fits = [i for i, (source, _) in enumerate(pairs) if 8 <= len(source) <= 12]
-    if gold is None or not fits:
-        return min(range(len(pairs)), key=lambda i: abs(len(pairs[i][0]) - 10))
+def _worth_showing(model: examined.Examined) -> tuple[Any, int]:
+    """A sentence that fits a page, and in which the languages order their words differently."""
+    rows = [(batch, row) for batch in model.batches for row in model.rows(batch)]
+    lengths = [model.sentence(batch, row).length for batch, row in rows]
+    fits = [place for place, length in zip(rows, lengths, strict=True) if 9 <= length <= 14]
+    if not model.relations or not fits:
+        return rows[int(np.argmin(np.abs(np.asarray(lengths) - 11)))]
 
-    def crossings(links: Sequence[tuple[int, int]]) -> int:
+    def crossings(place: tuple[Any, int]) -> int:
+        batch, row = place
+        links = np.argwhere(model.right(batch)[gold.ALIGNED.key][row])  # (target, source), by target
         return sum(b < a for i, (_, a) in enumerate(links) for _, b in links[i:])
 
-    return max(fits, key=lambda i: crossings(gold[i].alignment))
+    return max(fits, key=crossings)

@@ -1,0 +1,122 @@
+"""What heads are worth: the loss without each of them, and without more and more of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.heads.examined import Examined
+from mhajax.heads import importance
+from mhajax.heads.statistics import Tally
+
+
+class Costs(NamedTuple):
+    """What the heads of one model are worth, in nats.
+
+    Attributes:
+      lost: category of words → kind → [sentences, L, N]: loss without the head minus loss with all; per word.
+      importance: kind → [sentences, L, N]: Michel's, the size of the loss's slope along the gate; per word.
+      pruned: order of removal → [removals + 1, sentences]: the loss per word after each removal; orders are found on
+        the other half of the sentences than those on which the loss is measured.
+      order: heads from the least important to the most, as (kind, layer, head), by all sentences.
+    """
+
+    lost: dict[str, dict[str, Tally]]
+    importance: dict[str, Tally]
+    pruned: dict[str, Tally]
+    order: list[tuple[str, int, int]]
+
+
+ORDERS = ("least important first", "at random", "most important first")
+
+
+def costs(model: Examined, seed: int = 0) -> Callable[[Any], Costs]:
+    """A function from parameters to what the heads are worth; compiled once for all models of this shape."""
+
+    @jax.jit
+    def removed(params, batch, predicted):
+        sums = lambda nats: jnp.einsum("bt,btc->bc", nats, predicted).reshape(-1)  # noqa: E731
+        without = model.ablated(params, batch, sums)  # [L, B·C, N]
+        full = sums(model.losses(params, batch, model.gates))
+        shape = predicted.shape[::2]  # [B, C]
+        return {
+            kind: jnp.moveaxis((losses - full[:, None]).reshape(len(losses), *shape, -1), 0, 2)
+            for kind, losses in without.items()
+        }  # [B, C, L, N]
+
+    @jax.jit
+    def slopes(params, batch, predicted):
+        loss = lambda gates: jnp.sum(model.losses(params, batch, gates) * predicted[..., 0], axis=-1)  # noqa: E731
+        found = importance.michel(loss, model.gates, tokens=jnp.sum(predicted[..., 0], axis=-1))
+        return {kind: jnp.moveaxis(tally.total, 0, 1) for kind, tally in found.items()}  # [B, L, N]
+
+    @jax.jit
+    def along(params, batch, predicted, order):
+        loss = lambda gates: jnp.sum(model.losses(params, batch, gates) * predicted[..., 0], axis=-1)  # noqa: E731
+        return importance.curve(loss, model.gates, order).total  # [removals + 1, B]
+
+    def run(params: Any) -> Costs:
+        lost, slope, counts, number = [], [], [], []
+        for batch in model.batches:
+            predicted, real = model.predicted(batch), model.index(batch) >= 0
+            found = jax.device_get((removed(params, batch, predicted), slopes(params, batch, predicted)))
+            found = jax.tree.map(lambda a, real=real: a[real], found)
+            lost.append(found[0])
+            slope.append(found[1])
+            counts.append(predicted.sum(1)[real])
+            number.append(model.index(batch)[real])
+        lost, slope = (jax.tree.map(lambda *parts: np.concatenate(parts), *found) for found in (lost, slope))
+        counts, odd = np.concatenate(counts), np.concatenate(number) % 2 == 1
+        by_importance = {half: np.argsort(_flat(slope, odd == half)) for half in (False, True)}
+        random = np.random.default_rng(seed).permutation(len(by_importance[False]))
+        orders = {
+            ORDERS[0]: by_importance,
+            ORDERS[1]: {half: random for half in (False, True)},
+            ORDERS[2]: {half: order[::-1] for half, order in by_importance.items()},
+        }
+        pruned = {name: _pruned(params, order) for name, order in orders.items()}
+        words = counts[:, :1]
+        return Costs(
+            {
+                category: {
+                    kind: Tally(a[:, c], counts[:, c, None, None], np.zeros_like(a[:, c])) for kind, a in lost.items()
+                }
+                for c, category in enumerate(model.categories)
+            },
+            {kind: Tally(a, words[..., None], np.zeros_like(a)) for kind, a in slope.items()},
+            {name: Tally(a, words[:, 0], a[:1]) for name, a in pruned.items()},
+            [_place(slope, int(head)) for head in np.argsort(_flat(slope, np.ones(len(odd), bool)))],
+        )
+
+    def _pruned(params: Any, orders: dict[bool, np.ndarray]) -> np.ndarray:
+        """[removals + 1, sentences], each sentence by the order that the other half of the sentences gave."""
+        found = []
+        for batch in model.batches:
+            index = model.index(batch)
+            curves = [
+                np.asarray(along(params, batch, model.predicted(batch), np.asarray(orders[half])))
+                for half in (True, False)
+            ]  # even sentences take the order of the odd ones
+            found.append(np.where(index % 2 == 0, *curves)[:, index >= 0])
+        return np.concatenate(found, axis=1)
+
+    return run
+
+
+def _flat(slope: dict[str, np.ndarray], chosen: np.ndarray) -> np.ndarray:
+    """Mean importance of every head, kind after kind in the order of `ravel_pytree`, which sorts the keys of a dict."""
+    return np.concatenate([slope[kind][chosen].mean(0).ravel() for kind in sorted(slope)])
+
+
+def _place(slope: dict[str, np.ndarray], head: int) -> tuple[str, int, int]:
+    """Kind, layer and number within the layer of a head by its number among all."""
+    for kind in sorted(slope):
+        layers, heads = slope[kind].shape[1:]
+        if head < layers * heads:
+            return kind, head // heads, head % heads
+        head -= layers * heads
+    raise IndexError(head)

@@ -1,0 +1,64 @@
+"""Every head of one model in a terminal: how far and how widely it looks, and which relations it follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments.heads.examined import Kind
+from mhajax.heads.statistics import Measure
+
+_DECIMALS = {"distance": 1, "entropy": 2}  # of the measures that are not shares
+
+
+def show(console: Console, kinds: Sequence[Kind], heads: Mapping[str, Mapping[str, Measure]]) -> None:
+    """Print a table for each kind of attention.
+
+    Args:
+      console: where.
+      kinds: of attention.
+      heads: kind → measure → [L, N], from `findings.of_one`.
+    """
+    relations = False
+    for kind in kinds:
+        measures = heads[kind.name]
+        shares = [name for name in measures if name not in _DECIMALS]
+        relations |= bool(shares)
+        table = Table(title=kind.title, title_justify="left", title_style="bold", header_style="", box=None)
+        table.add_column("layer·head", no_wrap=True)
+        for name in measures:
+            table.add_column(name, justify="right", max_width=13)
+        best = {name: np.nanmax(measures[name].value) for name in shares if not np.isnan(measures[name].value).all()}
+        for place in np.ndindex(kind.layers, kind.heads):
+            cells = [_cell(name, measures[name], place, best) for name in measures]
+            table.add_row(f"{place[0]}·{place[1]}", *cells)
+        if best:
+            rules = [f"{100 * measures[n].baseline[0, 0]:.0f}{' ' * 8}" if n in best else "" for n in measures]
+            table.add_row("best rule", *rules, style="dim")
+        console.print(table)
+        console.print()
+    console.print(
+        "distance: tokens between query and what it looks at; entropy: 0 is one key, 1 all alike."
+        + (
+            " Relations: % of the queries whose most attended key is a right one, with the 95 % interval over "
+            "sentences; best rule is what a fixed offset or the nearest noun would reach."
+            if relations
+            else ""
+        ),
+        style="dim", highlight=False,
+    )  # fmt: skip
+    console.print()
+
+
+def _cell(name: str, measure: Measure, place: tuple[int, ...], best: Mapping[str, float]) -> str:
+    value, low, high = (float(part[place]) for part in measure[:3])
+    if np.isnan(value):
+        return "–"
+    if name in _DECIMALS:
+        return f"{value:.{_DECIMALS[name]}f}"
+    number = f"[bold]{100 * value:.0f}[/bold]" if value == best[name] else f"{100 * value:.0f}"
+    interval = f"{100 * low:.0f}–{100 * high:.0f}"
+    return f"{number} [dim]{interval:>7}[/dim]"
