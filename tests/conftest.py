@@ -1,8 +1,18 @@
-"""What several test files share."""
+"""What several test files share, and how they compile."""
 
 import os
 
+# Before JAX is imported, and for the processes that tests start too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # several test processes cannot share one accelerator
+# Nearly all of the time is the compiler's. So it takes a tenth of it, and the numbers are held to the same bounds;
+# `full_compiles` is for what must be compiled as users do, and `XLA_FLAGS= python -m pytest` compiles everything so.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
+
+from functools import partial
 
 import jax
 import pytest
@@ -14,4 +24,19 @@ def quick_compiles():
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def full_compiles():
+    """`jax.jit` with all optimisations, as users have it."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    options = {
+        "xla_backend_optimization_level": 3,
+        "xla_llvm_disable_expensive_passes": False,
+        "xla_cpu_use_fusion_emitters": True,
+        "xla_cpu_parallel_codegen_split_count": 32,
+    }
+    yield partial(jax.jit, compiler_options=options)
     jax.config.update("jax_disable_most_optimizations", before)

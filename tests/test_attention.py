@@ -128,6 +128,19 @@ def test_equals_the_loops(name):
     close(apply(params, x, case["config"], memory=memory, **case["ours"]), loops(case, params, x, memory), 3e-6)
 
 
+OPTIMISED = ("causal, both positions", "bias with -inf and mask", "gates [B, N] and mask")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OPTIMISED else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_equals_the_loops_fully_optimised(name, full_compiles):
+    case = CASES[name]
+    params, x, memory = arrays_of(case)
+    apply = full_compiles(partial(attention.apply, config=case["config"]))
+    close(apply(params, x, memory=memory, **case["ours"]), loops(case, params, x, memory), 3e-6)
+
+
 @pytest.mark.parametrize(
     "name", ["cross", "causal, both positions", "bias with -inf and mask", "gates [B, N] and mask"]
 )
@@ -615,10 +628,13 @@ FULL = {"mask": masks.lengths(np.array([7, 4])) & masks.causal(), "bias": number
 
 
 @pytest.mark.parametrize(("jit", "dtype"), [(False, jnp.float32), (True, jnp.float32), (True, jnp.bfloat16)])
-def test_looking_changes_no_bit_of_the_output(jit, dtype):
+def test_looking_changes_no_bit_of_the_output(jit, dtype, full_compiles):
     params, x, memory = jax.tree.map(lambda a: jnp.asarray(a, dtype), small(memory=7))
     options = FULL | {"gates": numbers(31, 2, 3), "dropout_rate": 0.3, "dropout_key": jax.random.key(3)}
-    plain, looking = (apply, apply_captured) if jit else (attention.apply, attention.apply_captured)
+    plain, looking = attention.apply, attention.apply_captured
+    if jit:
+        plain = full_compiles(plain, static_argnames=("config", "dropout_rate"))
+        looking = full_compiles(looking, static_argnames=("config", "dropout_rate", "capture"))
     expected = plain(params, x, SMALL, memory=memory, **options)
     for capture in (attention.CAPTURES, ("weights",))[: 1 + jit]:
         out, seen = looking(params, x, SMALL, memory=memory, capture=capture, **options)

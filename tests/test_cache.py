@@ -371,15 +371,6 @@ def test_a_rolling_language_model(lm):
     assert state[1].k.shape == (B, 3, 3, 4)
 
 
-@pytest.fixture
-def full_compiles():
-    """Compile as users do."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.parametrize(("batch", "rows", "rolling"), [(1, False, False), (3, True, True)])
 def test_a_token_is_written_in_place(full_compiles, batch, rows, rolling):
     """Donated, or carried by a loop: no copy of the cache, in no layer."""
@@ -397,7 +388,7 @@ def test_a_token_is_written_in_place(full_compiles, batch, rows, rolling):
         return jax.lax.scan(step, state, None, length=3)[0]
 
     for function in (partial(language_model.extend, config=config), loop):
-        compiled = jax.jit(function, donate_argnums=2).lower(params, jnp.zeros((batch, 1), int), state).compile()
+        compiled = full_compiles(function, donate_argnums=2).lower(params, jnp.zeros((batch, 1), int), state).compile()
         memory: Any = compiled.memory_analysis()
         one_layers_keys = size / 4
         assert memory.temp_size_in_bytes < one_layers_keys / 2 and memory.alias_size_in_bytes >= size

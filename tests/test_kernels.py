@@ -66,8 +66,8 @@ def test_the_loops_have_the_gradient_of_their_value(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("tiling", [(1, 5, 6), (2, 4, 17), (4, 7, 6), (99, 13, 6), (99, 4, 17), (1, 13, 17)], ids=str)
 @pytest.mark.parametrize("name", [name for name in FEATURES if name not in REFUSED])
-def test_every_feature_in_every_tiling_fully_optimised(name, tiling, monkeypatch):
-    monkeypatch.setattr(parity, "quick", jax.jit)
+def test_every_feature_in_every_tiling_fully_optimised(name, tiling, full_compiles, monkeypatch):
+    monkeypatch.setattr(parity, "quick", full_compiles)
     case, (items, rows, columns) = FEATURES[name].case, tiling
     FEATURES[name].check(parity.Path("blockwise", Tiling(min(items, case.items), rows, columns)), case)
 
@@ -89,8 +89,8 @@ def with_gradient(function):
     return both
 
 
-def test_everything_at_once_fully_optimised(monkeypatch):
-    monkeypatch.setattr(parity, "quick", jax.jit)
+def test_everything_at_once_fully_optimised(full_compiles, monkeypatch):
+    monkeypatch.setattr(parity, "quick", full_compiles)
     parity.against_loops(parity.Path("blockwise", Tiling(2, 5, 6)), CASES[EVERYTHING])
 
 
@@ -106,8 +106,8 @@ def test_a_long_odd_sequence_in_the_tiles_that_are_chosen():
         assert not np.any(a[1])  # nothing to attend to
 
 
-def test_looking_changes_no_bit_of_the_output_fully_optimised(monkeypatch):
-    monkeypatch.setattr(parity, "quick", jax.jit)
+def test_looking_changes_no_bit_of_the_output_fully_optimised(full_compiles, monkeypatch):
+    monkeypatch.setattr(parity, "quick", full_compiles)
     parity.looking(parity.Path("blockwise", Tiling(2, 5, 6)), CASES["capture of weights, logits"])
 
 
