@@ -31,11 +31,14 @@ class Costs(NamedTuple):
     order: list[tuple[str, int, int]]
 
 
-ORDERS = ("least important first", "at random", "most important first")
+ORDERS = ("least important first", "at random")
 
 
 def costs(model: Examined, seed: int = 0) -> Callable[[Any], Costs]:
     """A function from parameters to what the heads are worth; compiled once for all models of this shape."""
+
+    def of_sentences(params, batch, predicted, gates):
+        return jnp.sum(model.losses(params, batch, gates) * predicted[..., 0], axis=-1)  # [B]
 
     @jax.jit
     def removed(params, batch, predicted):
@@ -50,14 +53,23 @@ def costs(model: Examined, seed: int = 0) -> Callable[[Any], Costs]:
 
     @jax.jit
     def slopes(params, batch, predicted):
-        loss = lambda gates: jnp.sum(model.losses(params, batch, gates) * predicted[..., 0], axis=-1)  # noqa: E731
-        found = importance.michel(loss, model.gates, tokens=jnp.sum(predicted[..., 0], axis=-1))
+        found = importance.michel(lambda gates: of_sentences(params, batch, predicted, gates), model.gates)
         return {kind: jnp.moveaxis(tally.total, 0, 1) for kind, tally in found.items()}  # [B, L, N]
 
     @jax.jit
-    def along(params, batch, predicted, order):
-        loss = lambda gates: jnp.sum(model.losses(params, batch, gates) * predicted[..., 0], axis=-1)  # noqa: E731
-        return importance.curve(loss, model.gates, order).total  # [removals + 1, B]
+    def along(params, batch, predicted, places):
+        """The losses [removals + 1, B] when every sentence removes its heads in its own order, places [B, heads]."""
+        sizes = {kind.name: (kind.layers, kind.heads) for kind in model.kinds}
+
+        def after(removals):
+            flat, start, gates = (places >= removals).astype(jnp.float32), 0, {}
+            for kind in sorted(sizes):
+                layers, heads = sizes[kind]
+                part = flat[:, start : start + layers * heads].reshape(-1, layers, heads)
+                gates[kind], start = jnp.swapaxes(part, 0, 1), start + layers * heads  # [L, B, N]
+            return of_sentences(params, batch, predicted, gates)
+
+        return jax.lax.map(after, jnp.arange(places.shape[1] + 1))
 
     def run(params: Any) -> Costs:
         lost, slope, counts, number = [], [], [], []
@@ -71,12 +83,11 @@ def costs(model: Examined, seed: int = 0) -> Callable[[Any], Costs]:
             number.append(model.index(batch)[real])
         lost, slope = (jax.tree.map(lambda *parts: np.concatenate(parts), *found) for found in (lost, slope))
         counts, odd = np.concatenate(counts), np.concatenate(number) % 2 == 1
-        by_importance = {half: np.argsort(_flat(slope, odd == half)) for half in (False, True)}
-        random = np.random.default_rng(seed).permutation(len(by_importance[False]))
+        heads = sum(kind.layers * kind.heads for kind in model.kinds)
+        random = np.random.default_rng(seed).permutation(heads)
         orders = {
-            ORDERS[0]: by_importance,
-            ORDERS[1]: {half: random for half in (False, True)},
-            ORDERS[2]: {half: order[::-1] for half, order in by_importance.items()},
+            ORDERS[0]: [np.argsort(_flat(slope, odd != half)) for half in (False, True)],  # by the other half
+            ORDERS[1]: [random, random],
         }
         pruned = {name: _pruned(params, order) for name, order in orders.items()}
         words = counts[:, :1]
@@ -92,16 +103,14 @@ def costs(model: Examined, seed: int = 0) -> Callable[[Any], Costs]:
             [_place(slope, int(head)) for head in np.argsort(_flat(slope, np.ones(len(odd), bool)))],
         )
 
-    def _pruned(params: Any, orders: dict[bool, np.ndarray]) -> np.ndarray:
-        """[removals + 1, sentences], each sentence by the order that the other half of the sentences gave."""
+    def _pruned(params: Any, orders: list[np.ndarray]) -> np.ndarray:
+        """[removals + 1, sentences]; orders are for sentences of even and of odd number."""
+        places = np.argsort(np.stack(orders), axis=-1)  # when each head goes
         found = []
         for batch in model.batches:
             index = model.index(batch)
-            curves = [
-                np.asarray(along(params, batch, model.predicted(batch), np.asarray(orders[half])))
-                for half in (True, False)
-            ]  # even sentences take the order of the odd ones
-            found.append(np.where(index % 2 == 0, *curves)[:, index >= 0])
+            curve = np.asarray(along(params, batch, model.predicted(batch), places[index % 2]))
+            found.append(curve[:, index >= 0])
         return np.concatenate(found, axis=1)
 
     return run

@@ -116,11 +116,9 @@ def of_translator(config: Translation, corpus: corpora.ParallelCorpus, words: Vo
     annotated: Sequence[Pair] | None = None if known is None else known[: len(pairs)]
     sources, targets = (words.encode_all([pair[side] for pair in pairs]) for side in (0, 1))
     rows = min(config.decoding.batch // 2 or 1, len(pairs))
-    held_out = list(
-        batches.evaluation_pairs(
-            list(zip(sources, targets, strict=True)), batch_size=rows, boundaries=config.batches.boundaries
-        )
-    )
+    longest = max(len(side) for side in (*sources, *targets)) + 1  # one shape: compiling takes longer than measuring
+    both = list(zip(sources, targets, strict=True))
+    held_out = list(batches.evaluation_pairs(both, batch_size=rows, boundaries=(longest,)))
     relations = gold.RELATIONS if annotated else ()
     categories = ("all words", *(gold.CATEGORIES if annotated else ()))
 

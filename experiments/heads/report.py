@@ -270,7 +270,8 @@ def _different(page: Page, model: Examined, found: Findings) -> None:
 def _view(page: Page, model: Examined, params: Any, of_seed: dict[tuple[str, int, int], Role], shown: int) -> None:
     section = page.section("See every head")
     section.text("Choose a sentence, an attention, layers and heads; hover or tap a word. First seed.")
-    notes = {place: role.note for place, role in of_seed.items() if role.note}
+    titles = {kind.name: kind.title for kind in model.kinds}
+    notes = {(titles[kind], layer, n): role.note for (kind, layer, n), role in of_seed.items() if role.note}
     section.view(
         view.heads(sentences(model, params, shown), notes=notes, title="Every head"),
         "Attention of every head. Frames are gold links; rows of the decoder are the words read, in cross attention "
