@@ -11,6 +11,7 @@ A map of the package:
     scores          what happens to a logit before the softmax: ALiBi, T5 and relative biases, soft cap, your own
     positions       rotary and its scalings, sinusoids: functions handed to attention or added to embeddings
     kernels         softmax(q kᵀ) v for given q, k, v: `attend`, and `explain`, which says how it is computed here
+    interventions   what is changed in heads (ablations, patches, cut edges), and what of them is looked at
     cache           keys and values already seen
     variants        QK norm, gated output, sinks, differential, talking heads, sigmoid (import them by name)
     convert         parameters from and to Flax, Haiku, Equinox and torch
@@ -20,8 +21,14 @@ A map of the package:
     decoding        greedy, sampling and beam search
     linen, nnx      Flax modules over the same functions (import them by name)
     losses, training  Optax training of any loss (import training by name)
-    heads           measures of heads
-    figures         pictures from arrays (import it by name; needs matplotlib)
+    heads           what heads do, from arrays (import its modules by name):
+      importance, ablation, gates       what a loss loses without them, and which are enough
+      patterns, roles, copying          where they look, and what they are for
+      circuits, diversity, alignment    what their weights could do, how they differ, which words they align
+      surgery                           heads cut out, moved, merged and grouped
+      statistics, significance, matching  intervals, tests, and which head of one training is which of another
+    figures         pictures from arrays, for paper (import it by name; needs matplotlib)
+    view            heads to point at, in a notebook or a page (import it by name)
 
 Notation, everywhere: B batch, T queries, S keys, N query heads, K key/value heads, H width of a head, D model width,
 V vocabulary, L layers. H is not "heads".
@@ -33,6 +40,7 @@ from mhajax import (
     convert,
     decoding,
     drop_in,
+    interventions,
     kernels,
     language_model,
     losses,
@@ -58,6 +66,7 @@ __all__ = [
     "decoding",
     "drop_in",
     "init_params",
+    "interventions",
     "kernels",
     "language_model",
     "losses",

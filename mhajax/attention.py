@@ -31,8 +31,7 @@ from mhajax.kernels import finite, patches
 from mhajax.masks import Mask, Tokens, as_mask, conditions, tokens
 from mhajax.masks.static import aligned
 
-CAPTURES = ("queries", "keys", "values", *kernels.CAPTURES, "heads", "contributions")  # what is computed on the way
-SUMMARIES = kernels.SUMMARIES  # what can be captured besides: sums of the weights, never held at once
+CAPTURES = ("queries", "keys", "values", *kernels.CAPTURES, "heads", "contributions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +321,7 @@ def apply_to(
     checks.gates(gates, x, config)
     checks.intervention(intervention, x, answers.k.shape[-2], config)
     checks.dropped(dropout_rate, dropout_key)
-    checks.captures(asked, (*CAPTURES, *SUMMARIES), config.num_heads, x.shape[-2])
+    checks.captures(asked, CAPTURES, config.num_heads, x.shape[-2])
     queries = tokens(x.shape[-2], positions)._replace(start=start)
     params = jax.tree.map(lambda w: jnp.asarray(w, x.dtype), params)
     masked = _masked(mask, bias, intervention)
@@ -337,7 +336,7 @@ def apply_to(
         keys=tokens(k.shape[-2]) if keys is None else keys, cached=cached,
         dropout_rate=dropout_rate, dropout_key=dropout_key,
         logits=intervention.logits, weights=intervention.weights, real=real,
-        capture=replace(asked, names=tuple(n for n in asked.names if n in kernels.CAPTURES + kernels.SUMMARIES)),
+        capture=replace(asked, names=tuple(n for n in asked.names if n in kernels.CAPTURES)),
     )  # fmt: skip
     heads = heads.astype(x.dtype)
     if gates is not None:

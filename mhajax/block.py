@@ -137,8 +137,9 @@ def run(
       gates: factors of the heads' outputs.
       interventions: what else is changed in the heads.
       cache: keys and values of earlier tokens; x is appended and attends to all of it. It knows the positions.
-      real: bool [..., T], False for padding that the cache shall not keep; as in `cache.extend`.
-      capture: names of `attention.CAPTURES` and `attention.SUMMARIES`, or a Capture, of both attentions; or `Captures`.
+      real: bool [..., T], False for padding: "column_sums" do not count it, and a cache does not keep it, as in
+        `cache.extend`. It masks nothing. None: as in `attention.apply`.
+      capture: names of `attention.CAPTURES`, or a Capture, of both attentions; or `Captures`.
       kernel: of both attentions, as in `attention.apply`.
       dropout_key: PRNG key; None is evaluation.
 
@@ -150,10 +151,9 @@ def run(
             f"block.apply: memory is {'missing' if memory is None else 'given'}, but params have "
             f"{'no ' if params.cross is None else ''}cross attention; init_params(…, cross=True) makes it."
         )
-    if (cache is not None and positions is not None) or (cache is None and real is not None):
+    if cache is not None and positions is not None:
         raise ValueError(
-            "block.apply: positions are for calls without a cache, which has its own, and real for calls with one; got "
-            f"{'positions and a cache' if real is None else 'real without a cache'}."
+            "block.apply: positions are for calls without a cache, which has its own; got positions and a cache."
         )
     captures = as_captures(capture)
     keys = [None] * 5 if dropout_key is None else jax.random.split(dropout_key, 5)
@@ -166,7 +166,7 @@ def run(
         "dropout_rate": weights_rate, "dropout_key": keys[0], "capture": captures.attention,
     }  # fmt: skip
     if cache is None:
-        y, seen = attention.apply_captured(params.attention, y, config, positions=positions, **given)
+        y, seen = attention.apply_captured(params.attention, y, config, positions=positions, real=real, **given)
     else:
         y, cache, seen = caches.extend(params.attention, y, cache, config, real=real, **given)
     x = x + dropout(y, config.dropout, keys[1])

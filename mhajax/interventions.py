@@ -18,6 +18,31 @@ A `Capture` says what is looked at: which quantities of which layers, heads and 
 What is captured and what is patched under one name is the same quantity at the same place: a patch with what the same
 run captured changes nothing.
 
+    >>> import jax
+    >>> from mhajax import attention
+    >>> config = attention.Config(d_model=16, num_heads=4)
+    >>> params = attention.init_params(jax.random.key(0), config)
+    >>> x = jax.random.normal(jax.random.key(1), (2, 7, 16))
+
+Without each of the heads, all at once (of a stack the amounts are [L·N, L, N]):
+
+    >>> without = lambda amount: attention.apply(params, x, config, intervention=zero(amount))
+    >>> jax.vmap(without)(jnp.eye(4, dtype=bool)).shape
+    (4, 2, 7, 16)
+
+Head 2 always as it is on average:
+
+    >>> _, seen = attention.apply_captured(params, x, config, capture=("heads",))
+    >>> changed = mean(seen["heads"], jnp.arange(4) == 2)
+    >>> attention.apply(params, x, config, intervention=changed).shape
+    (2, 7, 16)
+
+Where head 2 looks from the first and the last token, and nothing else:
+
+    >>> asked = Capture(("weights",), heads=(2,), rows=(0, 6))
+    >>> attention.apply_captured(params, x, config, capture=asked, intervention=changed)[1]["weights"].shape
+    (2, 1, 2, 7)
+
 References:
   Gates: Michel et al. 2019, "Are Sixteen Heads Really Better than One?".
   Patches: Vig et al. 2020, "Investigating Gender Bias in Language Models Using Causal Mediation Analysis"; Nanda 2023,
@@ -172,7 +197,7 @@ class Capture:
     """What is looked at; everything else stays on the fast path.
 
     Attributes:
-      names: any of `attention.CAPTURES` and `attention.SUMMARIES`.
+      names: any of `attention.CAPTURES`.
       layers: of a stack, in the order in which they are wanted; None: all.
       heads: query heads; for "keys" and "values" those that answer them. None: all.
       rows: indices of queries; "column_sums" are then those of these queries. "keys" and "values" have none. None: all.

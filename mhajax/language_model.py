@@ -81,7 +81,7 @@ def apply_captured(
     capture: Sequence[str] | Capture | Captures = ("weights",),
     **options: Any,
 ) -> tuple[Array, Seen]:
-    """`apply`, and the arrays named in `attention.CAPTURES` and `attention.SUMMARIES`, [L, ..., N, …].
+    """`apply`, and the arrays named in `attention.CAPTURES`, [L, ..., N, …].
 
     Names are of every layer, head and row; an `interventions.Capture` chooses some, and nothing else is computed.
     """

@@ -133,6 +133,12 @@ def run(
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
     projected = memory if isinstance(memory, KeysValues) else None
     captures = block.as_captures(capture)
+    counted = any("column_sums" in as_capture(one).names for one in captures)
+    if options.get("real") is not None and cache is None and not counted:
+        raise ValueError(
+            'transformer.run: real says what a cache keeps and what "column_sums" count, got real without a cache or '
+            "that capture; what may be attended to is for mask, such as masks.lengths."
+        )
 
     def one_layer(
         x: Array, layer: tuple, cache: Cache | None = None, *, capture: Captures

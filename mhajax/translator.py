@@ -153,14 +153,20 @@ def apply_captured(
     config: Config,
     *,
     capture: Sequence[str] | Capture | Captures = ("weights",),
+    real: Array | None = None,
     **options: Any,
 ) -> tuple[Array, Seen]:
-    """`apply`, and the arrays named in `attention.CAPTURES` and `attention.SUMMARIES`, [L, ..., N, …].
+    """`apply`, and the arrays named in `attention.CAPTURES`, [L, ..., N, …].
 
-    Names, or an `interventions.Capture` that chooses layers, heads and rows, are of all three kinds of attention;
-    `Captures` says which of which kind.
+    Args:
+      params, source, target, config: as in `apply`, and so are the options.
+      capture: names, or an `interventions.Capture` that chooses layers, heads and rows, of all three kinds of
+        attention; `Captures` says which of which kind.
+      real: bool [..., T], False for padding of the target, whose queries "column_sums" of decoder and cross attention
+        then do not count. None: all count. (Those of the encoder count what source_lengths say. Everything else has an
+        axis of queries, where padding is the caller's to leave out.)
     """
-    x, seen = _run(params, source, target, config, capture=capture, **options)
+    x, seen = _run(params, source, target, config, capture=capture, real=real, **options)
     return embedding.logits(params.embedding, x), seen
 
 
@@ -225,7 +231,8 @@ def select(state: State, rows: Array) -> State:
 
 def _run(
     params: Params, source: Array, target: Array, config: Config, *, source_lengths: Array | None = None,
-    dropout_key: Array | None = None, capture: Sequence[str] | Capture | Captures = (), **options: Any,
+    dropout_key: Array | None = None, capture: Sequence[str] | Capture | Captures = (), real: Array | None = None,
+    **options: Any,
 ) -> tuple[Array, Seen]:  # fmt: skip
     if source.shape[:-1] != target.shape[:-1]:
         raise ValueError(
@@ -235,7 +242,7 @@ def _run(
     key_source, key_target = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     options = {"source_lengths": source_lengths, "capture": _as_captures(capture), **options}
     memory, seen_source = _encode(params, source, config, dropout_key=key_source, **options)
-    x, _, seen = _decode(params, target, memory, config, dropout_key=key_target, **options)
+    x, _, seen = _decode(params, target, memory, config, dropout_key=key_target, real=real, **options)
     return x, Seen(seen_source.attention, seen.attention, seen.cross)
 
 

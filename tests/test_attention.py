@@ -648,7 +648,18 @@ def test_what_is_seen_is_what_it_is_called():
     out, seen = apply_captured(params, x, SMALL, memory=memory, gates=gates, capture=attention.CAPTURES, **FULL)
     chex.assert_shape(
         [seen[name] for name in attention.CAPTURES],
-        [(2, 3, 5, 2), (2, 1, 7, 2), (2, 1, 7, 5), (2, 3, 5, 7), (2, 3, 5, 7), (2, 3, 5), (2, 3, 5, 5), (2, 3, 5, 6)],
+        [
+            (2, 3, 5, 2),
+            (2, 1, 7, 2),
+            (2, 1, 7, 5),
+            (2, 3, 5, 7),
+            (2, 3, 5, 7),
+            (2, 3, 5),
+            (2, 3, 5),
+            (2, 3, 7),
+            (2, 3, 5, 5),
+            (2, 3, 5, 6),
+        ],  # fmt: skip
     )
     allowed = (np.arange(7) < np.array([7, 4])[:, None, None, None]) & np.tri(5, 7, dtype=bool)
     queries = np.einsum("btd,ndh->bnth", x, params.w_q) + params.b_q[:, None]

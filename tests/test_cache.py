@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from reference import numbers, random_params
 
-from mhajax import attention, block, cache, language_model, masks, positions, scores, transformer, translator
+from mhajax import (
+    attention,
+    block,
+    cache,
+    interventions,
+    language_model,
+    masks,
+    positions,
+    scores,
+    transformer,
+    translator,
+)  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -211,6 +222,51 @@ def test_rows_at_the_same_place(rolling, sizes):
         out.append(y)
     close(np.concatenate(out, axis=1), (whole_window if rolling else whole)(X))
     assert state.length.shape == () and state.length == M
+
+
+@pytest.mark.parametrize("name", ["edges one by one", "edges by position", "equal weights"])
+@pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
+def test_interventions_are_those_of_the_whole_text(rolling, name):
+    """Edges are looked up by the index in the text, as masks are; the cache keeps what would be there without them."""
+    cut = np.random.default_rng(0).random((M, CAPACITY)) < 0.4
+    changed = {
+        "edges one by one": (interventions.without_edges(cut), interventions.without_edges(cut[:, :M])),
+        "edges by position": [interventions.without_edges(masks.window(3) & ~masks.window(1))] * 2,
+        "equal weights": [interventions.uniform(np.arange(6) == 2)] * 2,
+    }[name]
+    options = ROLLING if rolling else CAUSAL
+    state = cache.init((R,), WIDTH if rolling else CAPACITY, ONE, rolling=rolling)
+    if rolling and name == "edges one by one":
+        with pytest.raises(ValueError, match="must compare positions .* no fixed index"):
+            cache.extend(WEIGHTS, X, state, ONE, intervention=changed[0], **options)
+        return
+    extend = jax.jit(lambda x, state: cache.extend(WEIGHTS, x, state, ONE, intervention=changed[0], **options)[:2])
+    kept = cache.append(state, attention.keys_values(WEIGHTS, X, ONE, positions=np.arange(M), rotate=positions.rotary))
+    rows = []
+    for piece in np.split(X, [5, 10, 15], axis=1):
+        out, state = extend(piece, state)
+        rows.append(out)
+    expected = attention.apply(WEIGHTS, X, ONE, intervention=changed[1], **options)
+    close(np.concatenate(rows, axis=1), expected)
+    assert np.max(np.abs(expected - (whole_window if rolling else whole)(X))) > 1e-2
+    jax.tree.map(close, state, kept)
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "logits", "weights"])
+def test_a_rolling_cache_has_no_places_for_a_patch(name):
+    rolling = cache.init((R,), WIDTH, ONE, rolling=True)
+    shape = {"keys": (3, WIDTH, 4), "values": (3, WIDTH, 7)}.get(name, (6, 1, WIDTH))
+    patch = interventions.patched(name, np.zeros(shape))
+    with pytest.raises(ValueError, match=f"cannot name keys one by one, got intervention.{name} of shape"):
+        cache.extend(WEIGHTS, X[:, :1], rolling, ONE, intervention=patch, **ROLLING)
+    shared = interventions.patched(name, np.zeros((1, 1)))
+    assert cache.extend(WEIGHTS, X[:, :1], rolling, ONE, intervention=shared, **ROLLING)[0].shape == (R, 1, 12)
+
+
+def test_edges_for_rows_at_different_places_compare_positions():
+    state = dataclasses.replace(cache.init((R,), CAPACITY, ONE), length=jnp.zeros(R, jnp.int32))
+    with pytest.raises(ValueError, match="for 17 queries needs rows that are at the same place, got lengths"):
+        cache.extend(WEIGHTS, X, state, ONE, intervention=interventions.without_edges(np.ones((M, CAPACITY), bool)))
 
 
 def test_positions_of_the_slots():

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import random_params
-from test_interventions import ALLOWED, BIAS, CONFIG, LENGTHS, MASK, PARAMS, B, D, K, N, T, X, by_hand
+from test_interventions import ALLOWED, BIAS, CONFIG, LENGTHS, MASK, PARAMS, VALUES, B, D, K, N, T, X, by_hand
 
 from mhajax import attention, block, interventions, language_model, masks, translator
-from mhajax.interventions import Capture
+from mhajax.interventions import Capture, Intervention
+from mhajax.kernels import row_layout
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-NAMES = (*attention.CAPTURES, *attention.SUMMARIES)
+NAMES = attention.CAPTURES
 look = jax.jit(partial(attention.apply_captured, config=CONFIG), static_argnames=("capture", "kernel"))
 GIVEN: Any = {"mask": MASK, "bias": BIAS}
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=5e-6)
@@ -79,6 +80,41 @@ def test_gradients_of_what_is_seen():
     blocks, dense = (jax.jit(jax.grad(partial(loss, kernel=kernel)))(X) for kernel in ("blockwise", "dense"))
     np.testing.assert_allclose(blocks, dense, rtol=1e-3, atol=1e-4)
     assert np.max(np.abs(dense)) > 1e-2
+
+
+def test_what_is_looked_at_in_blocks_is_what_is_looked_at_at_once(monkeypatch):
+    """Rows of a head, some heads, an example at a time; the last block of rows is partial."""
+    places = np.arange(T) + np.array([[0], [3]])
+    asked = Capture(("logits", "weights", "entropy", "column_sums"), heads=(0, 1, 3, 2))
+    some = Capture(asked.names, heads=(2, 0), rows=tuple(range(3, 27)))
+
+    def in_blocks(room):
+        monkeypatch.setattr(row_layout, "ROOM", room)
+        options = GIVEN | {"positions": places, "score": lambda x, head, q, k: x * (head + 1) + (q - k)}
+        see = lambda x: [attention.apply_captured(PARAMS, x, CONFIG, capture=c, **options)[1] for c in (asked, some)]  # noqa: E731
+        return jax.jit(see)(X)
+
+    whole = in_blocks(row_layout.ROOM)
+    for room in (8 * T, 2 * T * T, N * T * T):
+        jax.tree.map(partial(close, err_msg=str(room), atol=2e-5), in_blocks(room), whole)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_entropy_is_that_of_the_weights(frozen):
+    """Also where weights are too small to be anything but 0; and its gradient is finite there."""
+    intervention = interventions.frozen(VALUES["weights"] * (VALUES["weights"] > 0.5)) if frozen else Intervention()
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(x):
+        names = ("weights", "entropy")
+        _, seen = attention.apply_captured(PARAMS, x, CONFIG, mask=MASK, capture=names, intervention=intervention)
+        return jnp.sum(seen["entropy"]), seen
+
+    (_, seen), gradient = loss(100 * X)
+    weights = np.asarray(seen["weights"], np.float64)
+    assert np.any((weights == 0) & ALLOWED) and np.all(np.isfinite(gradient))
+    close(seen["entropy"], -np.sum(weights * np.log(np.where(weights > 0, weights, 1)), -1), atol=1e-4)
 
 
 @pytest.mark.parametrize("names", [("entropy", "column_sums"), ("weights",)])
@@ -148,6 +184,15 @@ def test_a_translator_shows_one_kind_of_attention():
     np.testing.assert_array_equal(out, whole)
     close(seen.cross["weights"], every.cross["weights"][2:])
 
+    real = np.arange(6) < np.array([[6], [4]])
+    _, seen = run(
+        params, TOKENS, TOKENS, source_lengths=np.array([6, 3]), capture=("weights", "column_sums"), real=real
+    )
+    for kind, counts in (("encoder", np.arange(6) < np.array([[6], [3]])), ("decoder", real), ("cross", real)):
+        every = getattr(seen, kind)
+        want = np.sum(np.asarray(every["weights"]) * counts[:, None, :, None], axis=-2)
+        close(every["column_sums"], want, err_msg=kind)
+
 
 ERRORS: Any = {
     "heads": (
@@ -167,6 +212,12 @@ ERRORS: Any = {
     "name": (
         lambda: attention.apply_captured(PARAMS, X, CONFIG, capture=Capture(("entropies",))),
         (*NAMES, "['entropies']"),
+    ),
+    "real for nothing": (
+        lambda: language_model.apply_captured(
+            random_params(language_model.init_params, LM), TOKENS, LM, real=np.ones((B, 6), bool)
+        ),
+        ("got real without a cache", '"column_sums"', "masks.lengths"),
     ),
     "twice": (lambda: Capture(("weights",), heads=(1, 1)), ("heads must be different indices", "(1, 1)")),
 }  # fmt: skip

@@ -197,9 +197,19 @@ def test_the_gradient_of_an_amount_is_that_of_the_patch():
     assert np.all(np.isfinite(attribution)) and np.any(attribution != 0)
 
 
+def test_nothing_is_looked_up_by_its_number_where_sentences_are_short():
+    """Many ablations by one `vmap`: a gather for every head would be most of the work."""
+
+    def one(amount):
+        return run(interventions.uniform(amount))
+
+    text = jax.jit(jax.vmap(one)).lower(np.eye(N, dtype=np.float32)).as_text()
+    assert "dot_general" in text and "gather" not in text and "dynamic_slice" not in text
+
+
 def test_long_rows_are_cut_into_blocks(monkeypatch):
     """A few rows at a time, the last block partial: the same numbers and gradients, dropout included."""
-    from mhajax.kernels import rows
+    from mhajax.kernels import row_layout
 
     options = {"dropout_rate": 0.3, "dropout_key": jax.random.key(0)}
 
@@ -209,7 +219,7 @@ def test_long_rows_are_cut_into_blocks(monkeypatch):
 
     intervention = interventions.uniform(np.arange(N) == 1)
     whole = jax.jit(jax.value_and_grad(loss))(X, intervention)
-    monkeypatch.setattr(rows, "ROOM", 8 * T)
+    monkeypatch.setattr(row_layout, "ROOM", 8 * T)
     cut = jax.jit(jax.value_and_grad(lambda x, i: loss(x, i)))(X, intervention)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), cut, whole)
     dense = jax.jit(lambda x: loss(x, interventions.uniform(np.zeros(N))))(X)

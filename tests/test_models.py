@@ -205,7 +205,8 @@ def test_looking_into_a_language_model(lm):
     shapes = {name: array.shape for name, array in seen.attention.items()}
     assert shapes == {
         "queries": (L, B, N, T, 4), "keys": (L, B, 3, T, 4), "values": (L, B, 3, T, 9), "logits": (L, B, N, T, T),
-        "weights": (L, B, N, T, T), "log_sum_exp": (L, B, N, T), "heads": (L, B, N, T, 9),
+        "weights": (L, B, N, T, T), "log_sum_exp": (L, B, N, T), "entropy": (L, B, N, T),
+        "column_sums": (L, B, N, T), "heads": (L, B, N, T, 9),
         "contributions": (L, B, N, T, D),
     }  # fmt: skip
     assert seen.cross == {}

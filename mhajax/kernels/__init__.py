@@ -23,10 +23,9 @@ from mhajax.kernels.grid import Tiling
 from mhajax.kernels.pairs import hoist
 from mhajax.masks import Mask, Tokens
 
-__all__ = ["CAPTURES", "NAMES", "SUMMARIES", "Choice", "Tiling", "attend", "explain"]
+__all__ = ["CAPTURES", "NAMES", "Choice", "Tiling", "attend", "explain"]
 
-CAPTURES = ("logits", "weights", "log_sum_exp")
-SUMMARIES = ("entropy", "column_sums")
+CAPTURES = ("logits", "weights", "log_sum_exp", "entropy", "column_sums")
 
 
 def attend(

@@ -15,16 +15,19 @@ _times = finite.guarded(jnp.multiply)
 
 def laid_out(patch: Patch, rank: int) -> tuple[Array, Array]:
     """Value and amount of a patch with all axes of the quantity, [..., N, T, H] or the like; 1 where shared."""
-    value = jnp.asarray(patch.value)
-    return value.reshape((1,) * (rank - value.ndim) + value.shape), by_token(patch.amount, rank)
+    return full_rank(jnp.asarray(patch.value), rank), by_token(patch.amount, rank)
 
 
 def by_token(amount: Any, rank: int) -> Array:
     """An amount [], [N], [..., N] or [..., N, T] with all axes of a quantity [..., N, T, H]; 1 where shared."""
     amount = jnp.asarray(amount)
     missing = 1 if amount.ndim == rank - 1 else min(2, rank)
-    amount = amount.reshape(*amount.shape, *(1,) * missing)
-    return amount.reshape((1,) * (rank - amount.ndim) + amount.shape)
+    return full_rank(amount.reshape(*amount.shape, *(1,) * missing), rank)
+
+
+def full_rank(array: Array, rank: int) -> Array:
+    """The array with axes of 1 in front."""
+    return array.reshape((1,) * (rank - array.ndim) + array.shape)
 
 
 def mixed(x: Array, value: Array, amount: Array) -> Array:

@@ -3,50 +3,23 @@
 Chosen heads and queries only, and in memory that grows with T unless T × S numbers are what is asked for: entropies and
 the attention that every key receives are summed up block by block. A fast path that has computed the attention hands
 over its log-sum-exp; then a weight is exp(logit - log-sum-exp), and nothing else is computed.
+
+`row_layout` says what a block is; within one, everything is a broadcast.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from mhajax import dropout, precision
-from mhajax.interventions import Patch
-from mhajax.kernels import finite, grid, pairs, patches
-from mhajax.masks import Mask, Tokens
-from mhajax.masks.by_index import Dense
-from mhajax.masks.static import longer
-
-ROOM = 2**21  # logits in memory at a time: 8 MiB
-
-
-class Given(NamedTuple):
-    """What an attention is given, as in `kernels.attend`; the patches as in `interventions.Intervention`."""
-
-    mask: Mask | None
-    bias: Array | None  # with all axes
-    score: Callable | None
-    constants: tuple[Array, ...]
-    queries: Tokens
-    keys: Tokens
-    scale: float
-    dropout_rate: float
-    dropout_key: Array | None
-    cached: bool = False
-    logits: Patch | None = None
-    weights: Patch | None = None
-
-    @property
-    def guarded(self) -> bool:
-        """Whether what is not finite must stay where it is seen; a cache has seen to that itself."""
-        return not self.cached and any(a is not None for a in (self.mask, self.bias, self.logits, self.weights))
+from mhajax.kernels import grid, pairs, patches, row_layout
+from mhajax.kernels.row_layout import Answering, Asked, Asking, First, Given
 
 
 def attend(q: Array, k: Array, v: Array, given: Given) -> tuple[Array, Array]:
@@ -75,186 +48,157 @@ def look(
       v: [..., K, S, Hv].
       given: the rest.
       names: "logits", "weights" [..., n, r, S], "entropy", "log_sum_exp" [..., n, r], "column_sums" [..., n, S],
-        "heads" [..., n, r, Hv] (with the dropout).
+        "heads" [..., n, r, Hv] (with the dropout; of all rows).
       heads, rows: as in `interventions.Capture`.
       log_sums: [..., N, T], if the attention was computed already.
       real: bool [..., T], queries that count in "column_sums".
     """
     *leading, num_heads, length, _ = q.shape
-    group, num_keys = num_heads // k.shape[-3], k.shape[-2]
-    spoilt = None
-    if given.guarded:
-        q, k, v, spoilt = finite.heal(q, k, v)
-    chosen = np.arange(num_heads) if heads is None else np.asarray(heads)
-    queries, keys, mask = given.queries, given.keys, given.mask
-    if rows is not None:
-        mask = None if mask is None else _written_out(mask, queries, keys, np.asarray(rows))
-        queries, keys = Tokens(0, queries.position[..., np.asarray(rows)]), keys._replace(start=0)
-    size = length if rows is None else len(rows)
-    items = math.prod(leading) * len(chosen)
-    at_once, block = _cut(items, size, num_keys)
-    blocks = -(-size // block)
-    padding = blocks * block - size
-
-    def arranged(array: Array) -> Array:
-        """[..., 1 or N, 1 or T, s] with the heads and rows that are chosen, [B or 1, n or 1, T or 1, s]."""
-        if heads is not None and array.shape[-3] > 1:
-            array = array[..., chosen, :, :]
-        if array.shape[-2] > 1 or length == 1:
-            array = array if rows is None else array[..., np.asarray(rows), :]
-            array = longer(array, -2, padding)
-        *have, n, t, s = array.shape
-        if math.prod(have) not in (1, math.prod(leading)):
-            array, have = jnp.broadcast_to(array, (*leading, n, t, s)), leading
-        return array.reshape(math.prod(have), n, t, s)
-
-    of_patch = lambda patch: None if patch is None else tuple(map(arranged, patches.laid_out(patch, q.ndim)))  # noqa: E731
-    flat_keys = lambda array: array.reshape(-1, *array.shape[-3:])  # noqa: E731
-    asking, answering = arranged(q), (flat_keys(k), flat_keys(v))
-    bias = None if given.bias is None else arranged(given.bias)
-    changed_logits, changed_weights = of_patch(given.logits), of_patch(given.weights)
-    sums = None if log_sums is None else arranged(log_sums[..., None])
-    counted = None if real is None else arranged(real[..., None, :, None])
-    bad_queries = None if spoilt is None else arranged(spoilt.queries[..., None])
-    bad_keys = None if spoilt is None else flat_keys(spoilt.keys[..., None, :])
-    if mask is not None:
-        mask = mask.laid_out(queries, keys, tuple(leading), (padding, 0))
-    queries = queries._replace(position=longer(queries.position, -1, padding))
+    *leading, num_heads, length, _ = q.shape
+    asked = Asked(tuple(leading), (num_heads, length, k.shape[-2]), heads, rows)
+    asking, answering, given = row_layout.lay_out(q, k, v, given, asked, log_sums, real)
     words = dropout.words(given.dropout_key) if given.dropout_rate and given.dropout_key is not None else None
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    of_block = partial(
+        _of_block, asking=asking, answering=answering, names=names, given=given, asked=asked, words=words
+    )
+    (examples, of_heads, of_rows), (in_examples, in_heads, in_rows) = asked.block, asked.blocks
+    if in_examples * in_heads * in_rows > 1:
+        of_block = jax.checkpoint(of_block, prevent_cse=False)
 
-    def one(item: Array, row: Array) -> dict[str, Array]:
-        """Some rows of one head of one example."""
-        example, place = item // len(chosen), item % len(chosen)
-        head = jnp.asarray(chosen)[place]
-        part = partial(_part, place=(example, place, row * block), rows=block)
-        key, value = (a[example, head // group] for a in answering)
-        mine, theirs = queries.of(example).part(row, block), keys.of(example)
-        logits = precision.einsum("th,sh->ts", part(asking), key) * given.scale
-        if given.score is not None:
-            logits = pairs.lift(given.score)(
-                logits, head, mine.position, jnp.asarray(theirs.position), *given.constants
-            )
-        allowed = None
-        if mask is not None:
-            seen = mask.of(example, head).block(mine, theirs)
-            allowed = seen.reshape(seen.shape[-2:])
-        if bias is not None:
-            added = part(bias)
-            visible = added != -jnp.inf  # NaN is not hidden
-            allowed = visible if allowed is None else allowed & visible
-            logits = logits + jnp.where(visible, added, 0)
-        if changed_logits is not None:
-            other, amount = map(part, changed_logits)
-            hides = other == -jnp.inf
-            visible = ~(hides & (amount != 0))
-            allowed = visible if allowed is None else allowed & visible
-            logits = patches.mixed(logits, jnp.where(hides, 0, other), amount)
-        if allowed is not None:
-            logits = jnp.where(allowed, logits, -jnp.inf)
+    def some_heads(index: Array) -> tuple[Array | None, dict[str, Array]]:
+        """Of a block of examples and heads: what is summed over the rows, and what is not."""
+        example, head = index // in_heads * examples, index % in_heads * of_heads
 
-        bad = bad_rows = None
-        if bad_queries is not None and bad_keys is not None and (sums is None or "logits" in names):
-            bad = part(bad_queries) | bad_keys[example, head]
-            bad = jnp.broadcast_to(bad if allowed is None else bad & allowed, logits.shape)
-            bad_rows = jnp.any(bad, axis=-1)
-        if sums is None:
-            top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-            top = jnp.where(top == -jnp.inf, 0, top)
-            weights = jnp.exp(logits - top[:, None])
-            total = jnp.sum(weights, axis=-1)
-            nothing = total == 0
-            total = jnp.where(nothing, 1, total)
-            log_sum = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
-            weights = weights / total[:, None]
-        else:
-            log_sum = part(sums)[:, 0]
-            bad_rows = jnp.isnan(log_sum)
-            finite_sum = jnp.where(jnp.isfinite(log_sum), log_sum, 0)
-            weights = jnp.exp(logits - finite_sum[:, None])
-        if changed_weights is not None:
-            other, amount = map(part, changed_weights)
-            weights = patches.mixed(weights, other if allowed is None else jnp.where(allowed, other, 0), amount)
-        mark = lambda array, where: array if where is None else array + jnp.where(where, jnp.nan, 0)  # noqa: E731
-        of_rows = None if bad_rows is None else bad_rows[:, None]
+        def some_rows(total: Array | None, row: Array) -> tuple[Array | None, dict[str, Array]]:
+            found = of_block((example, head, row * of_rows))
+            return None if total is None else total + found.pop("column_sums"), found
 
-        def output() -> Array:
-            left = weights
-            if words is not None:
-                counter = _counter(example, head, row * block, (num_heads, length), left.shape)
-                keep = dropout.keep_at(words, given.dropout_rate, counter)
-                left = jnp.where(keep, weights * (1 / (1 - given.dropout_rate)), 0)
-            return mark(precision.einsum("ts,sh->th", precision.narrow(left, value), value), of_rows)
+        nothing = jnp.zeros((examples, of_heads, k.shape[-2]), _wide(q)) if "column_sums" in names else None
+        return grid.accumulate(some_rows, nothing, in_rows)
 
-        def received() -> Array:
-            counts = row * block + jnp.arange(block) < size
-            counts = counts if counted is None else counts & part(counted)[:, 0]
-            return jnp.sum(jnp.where(counts[:, None], mark(weights, of_rows), 0), axis=0)
+    totals, found = grid.times(some_heads, in_examples * in_heads)
+    *items, size = asked.sizes
+    joined = lambda a: a.reshape(*items, in_rows * of_rows, *a.shape[5:])[:, :, :size]  # noqa: E731
+    found = {name: joined(array) for name, array in found.items()}
+    if totals is not None:
+        found["column_sums"] = totals.reshape(*items, k.shape[-2])
+    return {name: array.reshape(*leading, *array.shape[1:]) for name, array in found.items()}
 
-        ways = {
-            "logits": lambda: mark(logits, bad),
-            "weights": lambda: mark(weights, of_rows),
-            "log_sum_exp": lambda: mark(log_sum, bad_rows),
-            "entropy": lambda: mark(-jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1)), -1), bad_rows),
-            "heads": output,
-            "column_sums": received,
-        }
-        return {name: ways[name]().astype(wide) for name in names}
 
-    steps = max(items, 1) // at_once * blocks if items else 0
-    work = one if steps <= 1 else jax.checkpoint(one, prevent_cse=False)
+def _of_block(
+    first: First, *, asking: Asking, answering: Answering, names: Sequence[str], given: Given, asked: Asked,
+    words: Array | None,
+) -> dict[str, Array]:  # fmt: skip
+    """What the heads and rows of one block compute."""
+    asking = jax.tree.map(lambda a: row_layout.cut(a, first, asked.block), asking)
+    answering = jax.tree.map(lambda a: row_layout.cut(a, first[:2], asked.block[:2]), answering)
+    logits, allowed = _logits(asking, answering, first, given, asked)
+    bad = bad_rows = None  # pairs that may attend and are not finite, and who sees one
+    if asking.spoilt is not None and answering.spoilt is not None and (asking.log_sums is None or "logits" in names):
+        bad = asking.spoilt | answering.spoilt
+        bad = bad if allowed is None else bad & allowed
+        bad_rows = jnp.any(bad, axis=-1, keepdims=True)
+    if asking.log_sums is None:
+        weights, log_sums = _softmax(logits)
+    else:
+        log_sums = asking.log_sums
+        bad_rows = jnp.isnan(log_sums)
+        weights = jnp.exp(logits - _finite(log_sums))
+    if asking.weights is not None:
+        value, amount = asking.weights
+        weights = patches.mixed(weights, value if allowed is None else jnp.where(allowed, value, 0), amount)
+    mark = lambda array, where: array if where is None else array + jnp.where(where, jnp.nan, 0)  # noqa: E731
 
-    def step(totals: Array | None, index: Array) -> tuple[Array | None, dict[str, Array]]:
-        first, row = index // blocks * at_once, index % blocks
-        if at_once == 1:
-            found = {name: array[None] for name, array in work(first, row).items()}
-        else:
-            found = jax.vmap(work, in_axes=(0, None))(first + jnp.arange(at_once, dtype=jnp.int32), row)
-        if totals is not None:
-            there = jax.lax.dynamic_slice_in_dim(totals, first, at_once)
-            totals = jax.lax.dynamic_update_slice_in_dim(totals, there + found.pop("column_sums"), first, 0)
-        return totals, found
+    def entropy() -> Array:
+        if asking.weights is not None:
+            logs = jnp.log(jnp.where(weights > 0, weights, 1))
+        else:  # the logarithm of a weight is there already
+            logs = jnp.where(logits == -jnp.inf, 0, logits - _finite(log_sums))
+        return -jnp.sum(weights * logs, axis=-1, keepdims=True)
 
-    totals = jnp.zeros((items, num_keys), wide) if "column_sums" in names else None
-    totals, found = grid.accumulate(step, totals, steps)
-    shape = (*leading, len(chosen))
-    found = {
-        name: array.reshape(items, blocks * block, *array.shape[3:])[:, :size].reshape(*shape, size, *array.shape[3:])
-        for name, array in found.items()
+    def output() -> Array:
+        left = weights
+        if words is not None:
+            keep = dropout.keep_at(words, given.dropout_rate, _counter(first, asked))
+            left = jnp.where(keep, weights * (1 / (1 - given.dropout_rate)), 0)
+        return precision.einsum("bnts,bnsh->bnth", precision.narrow(left, answering.v), answering.v)
+
+    def received() -> Array:
+        counts = (first[2] + jnp.arange(asked.block[2]) < asked.sizes[2])[None, None, :, None]
+        counts = counts if asking.real is None else counts & asking.real
+        return jnp.sum(jnp.where(counts, mark(weights, bad_rows), 0), axis=-2)
+
+    ways = {
+        "logits": lambda: mark(logits, bad),
+        "weights": lambda: mark(weights, bad_rows),
+        "log_sum_exp": lambda: mark(log_sums, bad_rows)[..., 0],
+        "entropy": lambda: mark(entropy(), bad_rows)[..., 0],
+        "heads": lambda: mark(output(), bad_rows),
+        "column_sums": received,
     }
-    return found if totals is None else found | {"column_sums": totals.reshape(*shape, num_keys)}
+    return {name: ways[name]().astype(_wide(asking.q)) for name in names}
 
 
-def _cut(items: int, size: int, num_keys: int) -> tuple[int, int]:
-    """How many heads of examples at a time (a divisor of all), and how many rows: more than one head or part of it."""
-    room = max(1, ROOM // num_keys)
-    if size > room:
-        return 1, -(-size // -(-size // room))
-    return max((n for n in range(1, min(items, room // size) + 1) if items % n == 0), default=1), size
+def _logits(
+    asking: Asking, answering: Answering, first: First, given: Given, asked: Asked
+) -> tuple[Array, Array | None]:
+    """Logits of a block [b, n, t, S], -inf where masked; and which pairs may attend, None: all."""
+    logits = precision.einsum("bnth,bnsh->bnts", asking.q, answering.k) * given.scale
+    if given.score is not None:
+        logits = _scored(given.score, logits, asking, answering, asked.heads_of(first), given.constants)
+    allowed = asking.allowed if given.mask is None else row_layout.allowed(given.mask, first, given, asked)
+    also = lambda visible: visible if allowed is None else allowed & visible  # noqa: E731
+    if asking.bias is not None:
+        visible = asking.bias != -jnp.inf  # NaN is not hidden
+        allowed = also(visible)
+        logits = logits + jnp.where(visible, asking.bias, 0)
+    if asking.logits is not None:
+        value, amount = asking.logits
+        hidden = value == -jnp.inf
+        allowed = also(~(hidden & (amount != 0)))
+        logits = patches.mixed(logits, jnp.where(hidden, 0, value), amount)
+    return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf), allowed
 
 
-def _part(array: Array, place: tuple[Any, Any, Any], rows: int) -> Array:
-    """One example's and one head's rows of [B or 1, n or 1, T or 1, s], [rows or 1, s]."""
-    start = [jnp.int32(0) if have == 1 else at for have, at in zip(array.shape, place, strict=False)]
-    sizes = (1, 1, min(rows, array.shape[2]), array.shape[3])
-    return jax.lax.dynamic_slice(array, [*start, jnp.int32(0)], sizes)[0, 0]
+def _scored(
+    score: Callable, logits: Array, asking: Asking, answering: Answering, heads: Any, constants: tuple[Array, ...]
+) -> Array:
+    """The score of every pair of a block."""
+    of_pairs = pairs.lift(score)
+    one_head = lambda x, head, mine, theirs: of_pairs(x, head, mine, theirs, *constants)  # noqa: E731
+    one_example = jax.vmap(one_head, in_axes=(0, 0, None, None))
+    mine, theirs = asking.position[:, 0, :, 0], answering.position[:, 0, 0]
+    mine, theirs = (jnp.broadcast_to(a, (logits.shape[0], a.shape[-1])) for a in (mine, theirs))
+    return jax.vmap(one_example, in_axes=(0, None, 0, 0))(logits, heads, mine, theirs)
 
 
-def _counter(example: Array, head: Array, row: Array, sizes: tuple[int, int], shape: tuple[int, ...]) -> Array:
+def _softmax(logits: Array) -> tuple[Array, Array]:
+    """Weights [b, n, t, S], and the logarithm of what they are divided by, [b, n, t, 1]; 0 and -inf of no keys."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    nothing = total == 0
+    total = jnp.where(nothing, 1, total)
+    return weights / total, jnp.where(nothing, -jnp.inf, top + jnp.log(total))
+
+
+def _finite(log_sums: Array) -> Array:
+    """With 0 for those of queries that see nothing, or what is not finite."""
+    return jnp.where(jnp.isfinite(log_sums), log_sums, 0)
+
+
+def _counter(first: First, asked: Asked) -> Array:
     """Indices for `dropout.keep_at`: those of the whole [..., N, T, S]."""
     word = lambda a: jnp.asarray(a, jnp.uint32)  # noqa: E731
-    (num_heads, length), (rows, num_keys) = sizes, shape
-    item = word(example) * word(num_heads) + word(head)
-    query = item * word(length) + word(row) + jnp.arange(rows, dtype=jnp.uint32)
-    return query[:, None] * word(num_keys) + jnp.arange(num_keys, dtype=jnp.uint32)[None]
+    (examples, _, rows), (num_heads, length, num_keys) = asked.block, asked.shape
+    example = word(first[0]) + jnp.arange(examples, dtype=jnp.uint32)
+    row = word(first[2]) + jnp.arange(rows, dtype=jnp.uint32)
+    item = example[:, None] * word(num_heads) + word(asked.heads_of(first))[None]
+    query = item[..., None] * word(length) + row[None, None]
+    return query[..., None] * word(num_keys) + jnp.arange(num_keys, dtype=jnp.uint32)[None, None, None]
 
 
-def _written_out(mask: Mask, queries: Tokens, keys: Tokens, rows: np.ndarray) -> Mask:
-    """What a mask says of some queries, [..., r, S]."""
-
-    def one(row: Array, position: Array) -> Array:
-        block = mask.block(Tokens(queries.start + row, position[..., None]), keys)
-        return jnp.broadcast_to(block, (*block.shape[:-1], keys.size))[..., 0, :]
-
-    positions = jnp.asarray(queries.position)[..., rows]
-    return Dense(jax.vmap(one, in_axes=(0, -1), out_axes=-2)(jnp.asarray(rows), positions))
+def _wide(array: Array) -> Any:
+    """The dtype of logits and sums."""
+    return jnp.promote_types(array.dtype, jnp.float32)
