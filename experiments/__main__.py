@@ -19,6 +19,7 @@ Run an experiment from a config file, or go on with one from the folder of an ea
   python -m experiments runs/grammar-1a2b3c4d
 
 Other commands:
+  python -m experiments heads RUN                         measure what its heads do: RUN/report.html
   python -m experiments translate RUN < sentences.txt     translate lines from standard input
   python -m experiments sample RUN [--prompt TEXT]        let a language model write
   python -m experiments fetch NAME …                      download public data sets

@@ -19,7 +19,7 @@ from rich.table import Table
 from experiments.config import Translation
 from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import BOS, EOS, Vocabulary
-from experiments.heads import examined, findings, gold, measure, numbers, table
+from experiments.heads import examined, findings, gold, numbers, table
 from experiments.task import Task, seeds_of
 from mhajax import decoding, linen, losses, transformer, translator
 
@@ -277,7 +277,7 @@ def _show_heads(model: examined.Examined, params: Any, folder: Path, console: Co
     """The table of the heads and the picture of cross-attention, for one seed."""
     from mhajax import figures
 
-    found = findings.of_one(model, measure.looks(model)(params))
+    found = findings.of_one(model, params)
     table.show(console, model.kinds, found)
 
     batch, row = _worth_showing(model)

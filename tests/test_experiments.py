@@ -117,7 +117,7 @@ def test_the_run_folder_has_everything(finished):
     assert re.fullmatch("[0-9a-f]{64}", environment["data_sha256"]["train"])
     assert environment["packages"]["jax"]
     for name in ("training", "cross_attention"):
-        for ending in ("svg", "png", "csv"):
+        for ending in ("svg", "pdf", "png", "csv"):
             assert (run / "figures" / f"{name}.{ending}").stat().st_size > 100
     assert list((run / "tensorboard").iterdir())
     translations = (run / "translations.test.tsv").read_text().splitlines()
@@ -129,9 +129,22 @@ def test_every_head_is_measured_with_interval_and_baseline(finished):
     assert len(heads) == 2 * 1 + 2 * 2 + 2 * 2
     for head in heads:
         for measure in head["measures"].values():
-            assert measure["value"] is None or measure["low"] <= measure["value"] <= measure["high"]
+            assert None in measure.values() or measure["low"] <= measure["value"] <= measure["high"]
     cross = next(head for head in heads if head["attention"] == "cross")
-    assert 0 < cross["measures"]["aligned, written"]["fixed_offset"] < 1
+    assert 0 < cross["measures"]["word written → its source"]["baseline"] < 1
+
+
+def test_the_heads_of_a_run_are_reported(finished):
+    _, run, _ = finished
+    status, out, err = call("heads", run, "--json", "--sentences", 6, "--shown", 2)
+    assert status == 0, err
+    numbers = json.loads(out)
+    assert numbers == json.loads((run / "heads.json").read_text())
+    assert numbers["sentences"] == 6 and len(numbers["heads"]) == 10
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "What the heads of tiny-" in page and "://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert (run / "figures" / "heads" / "pruning.csv").stat().st_size > 100
+    assert call("heads", run, "--sentences", 1)[0] == 2
 
 
 def test_a_finished_run_is_reported_again_without_training(finished):

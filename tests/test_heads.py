@@ -89,7 +89,7 @@ def test_heads_that_follow_gold_are_found(model):
     rate = lambda tally: tally.total.sum(0) / tally.count.sum(0)  # noqa: E731
     assert 0.9 < rate(written)[0, 0] <= 1 and rate(read)[0, 0] < 0.5 and rate(written)[0, 1] < 0.5
 
-    rows = findings.of_one(fake, looks)
+    rows = findings.of_one(fake, seen)
     assert rows["encoder"][SUBJECT.name].value.tolist()[0][0] == 1
     printed = io.StringIO()
     table.show(Console(file=printed, width=120), fake.kinds, rows)

@@ -58,8 +58,8 @@ class Findings(NamedTuple):
       lost: category → kind → [seeds, L, N]: nats per word that are lost without the head.
       needed: category → share of heads whose removal raises the loss (false discoveries held at 5 %), over seeds.
       pruned: order of removal → [removals + 1]: loss per word, over seeds and sentences.
-      removable: for each of `TOLERATED`, how many heads go before the loss is that much higher: mean and interval over
-        seeds; the baseline removes heads at random.
+      removable: for each of `TOLERATED`, how many heads go before the perplexity is that much higher: mean and interval
+        over seeds; the baseline removes heads at random.
       importance: kind → [seeds, L, N], Michel's.
       order: for each seed, heads from the least important to the most.
       stability: kind → how alike the heads of the seeds are after matching; empty for fewer than 3 seeds.
@@ -84,7 +84,7 @@ class Findings(NamedTuple):
     differences: dict[str, dict[str, Measure]]
 
 
-TOLERATED = (0.01, 0.05)  # shares of the loss
+TOLERATED = (0.01, 0.05, 0.1)  # shares of the perplexity
 
 
 def examine(model: Examined, trained: Sequence[Any], untrained: Sequence[Any], console: Console) -> Findings:
@@ -111,18 +111,16 @@ def examine(model: Examined, trained: Sequence[Any], untrained: Sequence[Any], c
         return _findings(model, seen, before, worth)
 
 
-def of_one(model: Examined, look: Looks) -> dict[str, dict[str, Measure]]:
+def of_one(model: Examined, params: Any) -> dict[str, dict[str, Measure]]:
     """The heads of one model: kind → measure → [L, N]: distance, entropy, and the relations with the best rule.
 
     The rule is chosen on the sentences on which it is reported, which flatters it; `examine` does not.
     """
+    measures, relations = measure.brief(model, params)
     rules = {asked: by_rule for asked, by_rule in measure.guesses(model).items() if not asked[1]}
-    found = {
-        kind: {name: statistics.estimate(measures[name]) for name in ("distance", "entropy")}
-        for kind, measures in look.measures.items()
-    }
+    found = _each(statistics.estimate, measures)
     for relation in model.relations:
-        tally = look.relations[relation.key, ""]
+        tally = relations[relation.key, ""]
         if np.asarray(tally.count).any():
             best = max(rules[relation.key, ""].values(), key=lambda rule: np.sum(rule.total))
             guessed = np.broadcast_to(np.asarray(best.total)[:, None, None], np.shape(tally.total))
@@ -286,14 +284,15 @@ def _upper_tail(z: np.ndarray) -> np.ndarray:
 
 
 def _removable(pruned: Mapping[str, Tally], share: float) -> Measure:
-    """How many heads go, in the order of importance, before the loss is that much higher; baseline: at random."""
+    """How many heads go, in the order of importance, before the perplexity is that much higher; baseline: at random."""
 
     def count(tally: Tally) -> np.ndarray:
-        losses = np.asarray(tally.total).sum(-1)  # [seeds, removals + 1]
-        above = losses > (1 + share) * losses[:, :1]
+        losses = np.asarray(tally.total).sum(-1) / np.asarray(tally.count).sum(-1)[:, None]  # [seeds, removals + 1]
+        above = losses > losses[:, :1] + np.log1p(share)
         return np.where(above.any(1), np.argmax(above, axis=1) - 1, losses.shape[1] - 1)
 
-    return _of_numbers(count(pruned[costs.ORDERS[0]]), float(count(pruned[costs.ORDERS[1]]).mean()))
+    found = _of_numbers(count(pruned[costs.ORDERS[0]]), float(count(pruned[costs.ORDERS[1]]).mean()))
+    return found._replace(low=np.maximum(found.low, 0))  # no fewer than none; NaN stays
 
 
 def _of_numbers(values: Sequence[float] | np.ndarray, baseline: float) -> Measure:

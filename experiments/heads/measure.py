@@ -52,37 +52,48 @@ def looks(model: Examined) -> Callable[[Any], Looks]:
     @jax.jit
     def step(params, batch, visible, tokens, right):
         seen = model.capture(params, batch, ("weights", "heads"))
-        measures = {
-            kind: _measures(arrays["weights"], visible[kind], tokens[kind], own=kind != "cross")
-            for kind, arrays in seen.items()
-        }
-        hits = {}
-        for asked, links in right.items():
-            weights = seen[_kind(asked)]["weights"]
-            tally = roles.strongest(weights, links[:, None], visible[_kind(asked)][:, None])
-            hits[asked] = _whole(tally, weights.shape[:3])
-        agreement = {}
+        measures, agreement, differences = {}, {}, {}
+        for kind, arrays in seen.items():
+            measures[kind] = _measures(arrays["weights"], visible[kind], tokens[kind], own=kind != "cross")
+            differences[kind] = _differences(**arrays, visible=visible[kind][None, :, None])
         if (gold.ALIGNED.key, "") in right:
             agreement = _agreement(seen["cross"]["weights"], visible["cross"], right[gold.ALIGNED.key, ""])
-        differences = {
-            kind: _differences(**arrays, visible=visible[kind][None, :, None]) for kind, arrays in seen.items()
-        }
-        return (measures, hits, agreement, differences), {kind: arrays["heads"] for kind, arrays in seen.items()}
+        heads = {kind: arrays["heads"] for kind, arrays in seen.items()}
+        return (measures, _hits(seen, visible, right), agreement, differences), heads
 
     def run(params: Any) -> Looks:
         found = []
         for batch in model.batches:
             visible = model.visible(batch)
-            found_here, heads = jax.device_get(step(params, batch, visible, model.tokens(batch), _right(model, batch)))
-            real = model.index(batch) >= 0
+            sums, heads = jax.device_get(step(params, batch, visible, model.tokens(batch), _right(model, batch)))
             outputs = {
                 kind: np.moveaxis(a, (1, 3), (0, 1))[visible[kind].any(-1)] for kind, a in heads.items()
             }  # [L, B, N, T, Hv] → [B, T, L, N, Hv] → [tokens, L, N, Hv]
-            tallies = jax.tree.map(lambda a, real=real: np.moveaxis(a, 1, 0)[real], found_here)
-            found.append((*tallies, outputs))
+            found.append((*_of_sentences(model, batch, sums), outputs))
         return Looks(*jax.tree.map(lambda *parts: np.concatenate(parts), *found))
 
     return run
+
+
+def brief(model: Examined, params: Any) -> tuple[Tallies, dict[Asked, Tally]]:
+    """Of all that only distance and entropy, and the relations: for a table at the end of a run."""
+
+    @jax.jit
+    def step(params, batch, visible, right):
+        seen = model.capture(params, batch, ("weights",))
+        measures = {kind: _spread(arrays["weights"], visible[kind]) for kind, arrays in seen.items()}
+        return measures, _hits(seen, visible, right)
+
+    found = [
+        _of_sentences(model, batch, jax.device_get(step(params, batch, model.visible(batch), _right(model, batch))))
+        for batch in model.batches
+    ]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+
+def _of_sentences(model: Examined, batch: Any, sums: Any) -> Any:
+    """Arrays [L, B, …] as [sentences, L, …], without the rows of filling."""
+    return jax.tree.map(lambda a: np.moveaxis(a, 1, 0)[model.rows(batch)], sums)
 
 
 def guesses(model: Examined) -> dict[Asked, dict[str, Tally]]:
@@ -121,24 +132,41 @@ def _kind(asked: Asked) -> str:
     return asked[0].split(":")[0]
 
 
+def _hits(seen: Any, visible: dict[str, Array], right: dict[Asked, Array]) -> dict[Asked, Tally]:
+    """How often the strongest key is a right one, [L, B, N] for each relation; those of a kind together."""
+    found = {}
+    for kind, arrays in seen.items():
+        asked = [one for one in right if _kind(one) == kind]
+        if asked:
+            weights, keys = arrays["weights"], visible[kind][:, None]
+            ask = lambda links, w=weights, keys=keys: _whole(roles.strongest(w, links[:, None], keys), w.shape[:3])  # noqa: E731
+            tallies = jax.vmap(ask)(jnp.stack([right[one] for one in asked]))
+            found |= {one: jax.tree.map(lambda a, n=n: a[n], tallies) for n, one in enumerate(asked)}
+    return found
+
+
+def _spread(weights: Array, visible: Array) -> dict[str, Tally]:
+    """How far and how widely heads look, [L, B, N] each."""
+    visible = visible[None, :, None]
+    found = {"distance": patterns.distance(weights, visible), "entropy": patterns.spread(weights, visible)}
+    return {name: _whole(tally, weights.shape[:3]) for name, tally in found.items()}
+
+
 def _measures(weights: Array, visible: Array, tokens: tuple[Array, Array], *, own: bool) -> dict[str, Tally]:
     """What needs no gold, [L, B, N] each; `own` is the attention of a text to itself."""
-    visible = visible[None, :, None]
-    found = {
-        "distance": patterns.distance(weights, visible),
-        "entropy": patterns.spread(weights, visible),
-        "first token": roles.sink(weights, visible),
-    }
+    keys = visible[None, :, None]
+    found = {"first token": roles.sink(weights, keys)}
     if own:
         ids = tokens[0][:, None]  # [B, 1, T]
         found |= {
-            "previous token": roles.previous_token(weights, visible),
-            "itself": roles.offset(weights, visible, 0),
-            "next token": roles.offset(weights, visible, 1),
-            "same word before": roles.duplicate_token(weights, visible, ids),
-            "after the same word": roles.induction(weights, visible, ids),
+            "previous token": roles.previous_token(weights, keys),
+            "itself": roles.offset(weights, keys, 0),
+            "next token": roles.offset(weights, keys, 1),
+            "same word before": roles.duplicate_token(weights, keys, ids),
+            "after the same word": roles.induction(weights, keys, ids),
         }
-    return {name: _whole(tally, weights.shape[:3]) for name, tally in found.items()}
+    found = {name: _whole(tally, weights.shape[:3]) for name, tally in found.items()}
+    return {**_spread(weights, visible), **found}
 
 
 READINGS = {"where a word is written": alignment.at_output, "where a word is read": alignment.at_input}

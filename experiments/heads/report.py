@@ -20,7 +20,7 @@ from mhajax.heads import matching
 from mhajax.heads.statistics import Measure
 
 Drawings = dict[str, Drawing]
-_ACROSS = {"encoder": "encoder", "decoder": "decoder", "cross": "cross attention", "self": "attention"}
+_ACROSS = {"encoder": "encoder", "decoder": "decoder", "cross": "across", "self": "attention"}
 
 
 def make(model: Examined, found: Findings, trained: Sequence[Any], name: str, shown: int) -> tuple[Page, Drawings]:
@@ -52,9 +52,13 @@ def make(model: Examined, found: Findings, trained: Sequence[Any], name: str, sh
 
 
 def _lead(model: Examined, found: Findings, seeds: int, heads: int, sentences: int) -> list[str]:
-    models = f"{seeds} trained models (seeds) of the same config" if seeds > 1 else "One trained model"
-    needed, removable = found.needed[model.categories[0]], found.removable[TOLERATED[0]]
-    lines = [f"{models}, {heads} heads each, measured on {sentences} held-out sentences."]
+    models = (
+        f"{seeds} trained models (seeds) of one config, {heads} heads each"
+        if seeds > 1
+        else f"One model, {heads} heads"
+    )
+    needed, removable = found.needed[model.categories[0]], found.removable[TOLERATED[-1]]
+    lines = [f"{models}, measured on {sentences} held-out sentences."]
     followed = [answer for answer in found.relations if not answer.part and answer.found.difference.low > 0]
     asked = [answer for answer in found.relations if not answer.part]
     if asked:
@@ -63,9 +67,9 @@ def _lead(model: Examined, found: Findings, seeds: int, heads: int, sentences: i
             "the best rule that knows no words."
         )
     lines.append(
-        f"Removing one head raises the loss for {_share(needed)} of the heads; {_number(removable)} of {heads} heads "
-        f"can be removed, the least important first, before the loss is more than {TOLERATED[0]:.0%} higher "
-        f"({float(removable.baseline):.1f} if they are removed at random)."
+        f"{_share(needed)} of the heads are of use: without one of them the loss is higher. In the order of their "
+        f"importance, {_number(removable)} of {heads} heads can be removed before the perplexity is more than "
+        f"{TOLERATED[-1]:.0%} higher; at random, {float(removable.baseline):.1f}."
     )
     return lines
 
@@ -113,13 +117,14 @@ def _alignment(page: Page, found: Findings, seeds: int) -> None:
 
 def _relation_table(answers: Sequence[Relation], seeds: int) -> tuple[list[str | Column], list[list[object]]]:
     columns: list[str | Column] = [
-        "relation", "attention", Column("best head, against the best rule", ".0%"), "best rule",
-        Column("best untrained head", ".0%", ""), f"seeds of {seeds} with p < 0.05", "questions",
+        "relation", Column("best head, against the best rule", ".0%"), "best rule",
+        Column("best untrained head", ".0%", ""), "seeds with p < 0.05", "questions",
     ]  # fmt: skip
     rows: list[list[object]] = [
         [
-            answer.name + (f", {answer.part}" if answer.part else ""), _ACROSS[answer.kind], _scalar(answer.found.best),
-            answer.rule, float(answer.untrained.value), f"{answer.seeds}", f"{answer.asked}",
+            f"{_ACROSS[answer.kind]}: {answer.name}" + (f", {answer.part}" if answer.part else ""),
+            _scalar(answer.found.best), answer.rule, float(answer.untrained.value), f"{answer.seeds} of {seeds}",
+            f"{answer.asked}",
         ]
         for answer in answers
     ]  # fmt: skip
@@ -216,7 +221,7 @@ def _pruned(page: Page, found: Findings, drawings: Drawings, heads: int, seeds: 
     )
     section.figure(drawings["pruning"], f"Mean and 95 % interval over {_seeds(seeds)} and sentences.", name="pruning")
     section.table(
-        ["loss may rise by", Column(f"heads that can go, of {heads}", ".1f")],
+        ["perplexity may rise by", Column(f"heads that can go, of {heads}", ".1f")],
         [[f"{share:.0%}", measure] for share, measure in found.removable.items()],
         caption="In the order of importance; the baseline removes heads at random.",
     )
