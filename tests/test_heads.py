@@ -137,6 +137,7 @@ def test_what_is_lost_is_the_loss_with_the_gate_shut(model, trained, worth):
     shut = {**model.gates, "cross": model.gates["cross"].at[0, 1].set(0)}
     order = model.index(batch)
     real = order >= 0
+    assert list(worth.lost) == list(model.categories)
     for c, category in enumerate(model.categories):
         by_hand = ((losses(shut) - full) * predicted[..., c]).sum(-1)[real]
         tally = worth.lost[category]["cross"]

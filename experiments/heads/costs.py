@@ -18,7 +18,8 @@ class Costs(NamedTuple):
     """What the heads of one model are worth, in nats.
 
     Attributes:
-      lost: category of words → kind → [sentences, L, N]: loss without the head minus loss with all; per word.
+      lost: category of words (of which there are any) → kind → [sentences, L, N]: loss without the head minus loss
+        with all; per word.
       importance: kind → [sentences, L, N]: Michel's, the size of the loss's slope along the gate; per word.
       pruned: order of removal → [removals + 1, sentences]: the loss per word after each removal; orders are found on
         the other half of the sentences than those on which the loss is measured.
@@ -97,6 +98,7 @@ def costs(model: Examined, seed: int = 0) -> Callable[[Any], Costs]:
                     kind: Tally(a[:, c], counts[:, c, None, None], np.zeros_like(a[:, c])) for kind, a in lost.items()
                 }
                 for c, category in enumerate(model.categories)
+                if counts[:, c].any()
             },
             {kind: Tally(a, words[..., None], np.zeros_like(a)) for kind, a in slope.items()},
             {name: Tally(a, words[:, 0], a[:1]) for name, a in pruned.items()},

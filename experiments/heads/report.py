@@ -83,13 +83,14 @@ def _relations(page: Page, found: Findings, drawings: Drawings, seeds: int) -> N
         "untrained models."
     )
     whole = [answer for answer in found.relations if not answer.part]
-    drawings["relations"] = figures.relation_accuracy(
-        {f"{_ACROSS[answer.kind]}: {answer.name}": tuple(map(float, answer.found.best)) for answer in whole},
-        title="How well the best head follows each relation",
-        label="share of queries whose strongest key is right",
-        baseline_name="best rule",
-    )
-    section.figure(drawings["relations"], "The best head of each relation, and the best rule.", name="relations")
+    drawn = {f"{_ACROSS[answer.kind]}: {answer.name}": tuple(map(float, answer.found.best)) for answer in whole}
+    drawn = {name: numbers for name, numbers in drawn.items() if np.isfinite(numbers).all()}
+    if drawn:
+        drawings["relations"] = figures.relation_accuracy(
+            drawn, title="How well the best head follows each relation",
+            label="share of queries whose strongest key is right", baseline_name="best rule",
+        )  # fmt: skip
+        section.figure(drawings["relations"], "The best head of each relation, and the best rule.", name="relations")
     section.table(*_relation_table(whole, seeds), caption="Relations, over all distances.")
     parts = [answer for answer in found.relations if answer.part]
     if parts:
@@ -185,7 +186,7 @@ def _lost(
             label="10⁻³ nats per word", baseline=0.0, words=words, interval=(low, high),
         )  # fmt: skip
         section.figure(drawings[f"lost_{kind.name}"], f"{kind.title}, first seed.", name=f"lost_{kind.name}")
-    rows = [[category, found.needed[category], *_most_needed(model, found, category)] for category in model.categories]
+    rows = [[category, found.needed[category], *_most_needed(model, found, category)] for category in found.lost]
     section.table(
         ["loss on", Column("heads that are needed", ".0%"), "the most needed (first seed)", Column("costs", ".3f")],
         rows, caption="Needed: removal raises the loss, with false discoveries held at 5 %. Costs in nats per word.",
