@@ -19,7 +19,7 @@ from rich.table import Table
 from experiments.config import Translation
 from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import BOS, EOS, Vocabulary
-from experiments.heads import examined, findings, gold, numbers, table
+from experiments.heads import examined, findings, numbers, report, table
 from experiments.task import Task, seeds_of
 from mhajax import decoding, linen, losses, transformer, translator
 
@@ -280,7 +280,7 @@ def _show_heads(model: examined.Examined, params: Any, folder: Path, console: Co
     found = findings.of_one(model, params)
     table.show(console, model.kinds, found)
 
-    batch, row = _worth_showing(model)
+    batch, row = report.worth_showing(model)
     words = model.sentence(batch, row).written
     weights = np.asarray(jax.jit(model.capture, static_argnums=2)(params, batch, ("weights",))["cross"]["weights"])
     drawing = figures.attention_patterns(
@@ -290,19 +290,3 @@ def _show_heads(model: examined.Examined, params: Any, folder: Path, console: Co
     )  # fmt: skip
     figures.save(drawing, folder / "figures" / "cross_attention")
     return numbers.of_one(model, found)
-
-
-def _worth_showing(model: examined.Examined) -> tuple[Any, int]:
-    """A sentence that fits a page, and in which the languages order their words differently."""
-    rows = [(batch, row) for batch in model.batches for row in model.rows(batch)]
-    lengths = [model.sentence(batch, row).length for batch, row in rows]
-    fits = [place for place, length in zip(rows, lengths, strict=True) if 9 <= length <= 14]
-    if not model.relations or not fits:
-        return rows[int(np.argmin(np.abs(np.asarray(lengths) - 11)))]
-
-    def crossings(place: tuple[Any, int]) -> int:
-        batch, row = place
-        links = np.argwhere(model.right(batch)[gold.ALIGNED.key][row])  # (target, source), by target
-        return sum(b < a for i, (_, a) in enumerate(links) for _, b in links[i:])
-
-    return max(fits, key=crossings)

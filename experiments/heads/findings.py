@@ -63,7 +63,7 @@ class Findings(NamedTuple):
       importance: kind → [seeds, L, N], Michel's.
       order: for each seed, heads from the least important to the most.
       stability: kind → how alike the heads of the seeds are after matching; empty for fewer than 3 seeds.
-      similarity: kind → [seeds, seeds, L·N, L·N].
+      similarity: kind → [seeds, seeds, L·N, L·N], CKA of outputs.
       differences: kind → measure → [L]: how the heads of a layer differ; the baseline is untrained heads.
     """
 
@@ -132,11 +132,12 @@ def _findings(model: Examined, seen: list[Looks], before: list[Looks], worth: li
     measures, early = (_stacked([look.measures for look in looks]) for looks in (seen, before))
     relations = _stacked([look.relations for look in seen])
     similarity, stability = {}, {}
-    for kind in model.kinds if len(seen) > 2 else ():
-        blocks = np.repeat(np.arange(kind.layers), kind.heads)
-        similar = [_similarity([look.outputs[kind.name] for look in looks]) for looks in (seen, before)]
-        similarity[kind.name] = similar[0]
-        stability[kind.name] = matching.stability(similar[0], untrained=similar[1], blocks=blocks)
+    for kind in model.kinds:
+        similarity[kind.name] = _similarity([look.outputs[kind.name] for look in seen])
+        if len(seen) > 2:
+            start = _similarity([look.outputs[kind.name] for look in before])
+            blocks = np.repeat(np.arange(kind.layers), kind.heads)
+            stability[kind.name] = matching.stability(similarity[kind.name], untrained=start, blocks=blocks)
     lost = _stacked([cost.lost for cost in worth])
     pruned = _stacked([cost.pruned for cost in worth])
     return Findings(

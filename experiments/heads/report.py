@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.heads import roles
+from experiments.heads import gold, roles
 from experiments.heads.costs import ORDERS
 from experiments.heads.examined import Examined, Kind
 from experiments.heads.findings import TOLERATED, Findings, Relation
@@ -39,13 +39,13 @@ def make(model: Examined, found: Findings, trained: Sequence[Any], name: str, sh
     if found.relations:
         _relations(page, found, drawings, seeds)
     if found.alignment:
-        _alignment(page, found, seeds)
+        _alignment(page, model, found, trained[0], drawings, seeds)
     _near_and_far(page, model, found, drawings, seeds)
     _lost(page, model, found, of_seed, drawings)
     _pruned(page, found, drawings, heads, seeds)
     if found.stability:
         _stable(page, model, found, drawings)
-    _different(page, model, found)
+    _different(page, model, found, drawings)
     _view(page, model, trained[0], of_seed, shown)
     _method(page, seeds, sentences)
     return page, drawings
@@ -99,7 +99,7 @@ def _relations(page: Page, found: Findings, drawings: Drawings, seeds: int) -> N
         inner.table(*_relation_table(parts, seeds), caption="Relations by the distance between query and key.")
 
 
-def _alignment(page: Page, found: Findings, seeds: int) -> None:
+def _alignment(page: Page, model: Examined, found: Findings, params: Any, drawings: Drawings, seeds: int) -> None:
     section = page.section("How well cross attention aligns words")
     section.text(
         "Alignment error rate (0 is perfect) of the best cross-attention head: each target word is linked to the "
@@ -114,6 +114,34 @@ def _alignment(page: Page, found: Findings, seeds: int) -> None:
         [[reading, *map(_scalar, by_baseline.values())] for reading, by_baseline in found.alignment.items()],
         caption=f"Best head of {_seeds(seeds)}; baselines: the diagonal, and the attention of another sentence.",
     )
+    answer = next(a for a in found.relations if (a.kind, a.name, a.part) == ("cross", gold.ALIGNED.name, ""))
+    cross = next(kind for kind in model.kinds if kind.name == "cross")
+    layer, head = divmod(int(np.ravel(answer.found.chosen[0])[0]), cross.heads)
+    batch, row = worth_showing(model)
+    words, right = model.sentence(batch, row).written, model.right(batch)[gold.ALIGNED.key][row]
+    weights = np.asarray(jax.jit(model.capture, static_argnums=2)(params, batch, ("weights",))["cross"]["weights"])
+    drawings["alignment"] = figures.alignment_matrix(
+        weights[layer, row, head, : len(words.queries), : len(words.keys)], words.queries, words.keys,
+        sure=[(int(t), int(s)) for t, s in np.argwhere(right)],
+        title=f"The best aligning head of the first seed, {layer}·{head}: word written, word looked at",
+    )  # fmt: skip
+    section.figure(drawings["alignment"], "One sentence, with the gold links framed.", name="alignment")
+
+
+def worth_showing(model: Examined) -> tuple[Any, int]:
+    """A sentence, as batch and row, that fits a page and in which the languages order their words differently."""
+    rows = [(batch, row) for batch in model.batches for row in model.rows(batch)]
+    lengths = [model.sentence(batch, row).length for batch, row in rows]
+    fits = [place for place, length in zip(rows, lengths, strict=True) if 9 <= length <= 14]
+    if not model.relations or not fits:
+        return rows[int(np.argmin(np.abs(np.asarray(lengths) - 11)))]
+
+    def crossings(place: tuple[Any, int]) -> int:
+        batch, row = place
+        links = np.argwhere(model.right(batch)[gold.ALIGNED.key][row])  # (target, source), by target
+        return sum(b < a for i, (_, a) in enumerate(links) for _, b in links[i:])
+
+    return max(fits, key=crossings)
 
 
 def _relation_table(answers: Sequence[Relation], seeds: int) -> tuple[list[str | Column], list[list[object]]]:
@@ -256,7 +284,7 @@ def _stable(page: Page, model: Examined, found: Findings, drawings: Drawings) ->
     )  # fmt: skip
 
 
-def _different(page: Page, model: Examined, found: Findings) -> None:
+def _different(page: Page, model: Examined, found: Findings, drawings: Drawings) -> None:
     section = page.section("Do heads differ")
     section.text(
         "Over all pairs of heads of a layer: how different the places are where they look (Jensen–Shannon "
@@ -271,6 +299,14 @@ def _different(page: Page, model: Examined, found: Findings) -> None:
     ]
     columns = [Column(name, ".2f", "higher" if "look" in name else "") for name in names]
     section.table(["layer", *columns], rows, caption="Means over pairs of heads.")
+    for kind in model.kinds:
+        alike = found.similarity[kind.name][0, 0]
+        name = f"map_{kind.name}"
+        drawings[name] = figures.head_map(
+            np.sqrt(np.maximum(1 - (alike + alike.T) / 2, 0)) * (1 - np.eye(len(alike))), kind.layers,
+            title=f"{kind.title}: heads as near as their outputs are alike (first seed)",
+        )  # fmt: skip
+        section.figure(drawings[name], f"{kind.title}: distance is √(1 - CKA), in two dimensions.", name=name)
 
 
 def _view(page: Page, model: Examined, params: Any, of_seed: dict[tuple[str, int, int], Role], shown: int) -> None:
