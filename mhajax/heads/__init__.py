@@ -1,1 +1,16 @@
-"""Measures of heads: arrays in, arrays out; they know no model."""
+"""Measures of heads: arrays and functions in, arrays out; what must know a model (ablation, surgery) says so.
+
+patterns       where heads look: distance, entropy, variability, fixed offsets
+roles          what they look at: the token before, duplicates, induction, sinks, rare words, any relation
+copying        whether they write what they read
+importance     what depends on them: ablations of any model, Michel, interactions, attribution, pruning curves
+ablation       all single-head ablations of a stack or a translator, which share their work
+gates          learning which to keep: hard concrete, causal gates, exactly K
+surgery        prune, permute, merge, transplant, pool key and value heads
+diversity      how different heads are: disagreement, Jensen–Shannon, CKA
+circuits       what their weights could do: angles, effective rank, composition
+alignment      rollout, norm-weighted attention, links between words and their error rate
+statistics     Tally → Measure: value, interval, baseline; the best head, chosen fairly
+significance   is it more than chance, over seeds and over many heads
+matching       the same head in another seed
+"""

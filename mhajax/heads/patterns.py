@@ -1,6 +1,6 @@
 """Where heads look: how far, how widely, how much it depends on the words, whether it is always the same place.
 
-First what a query does (`mean_distance`, `entropy`, `hits`), then measures of heads over sentences, each a `Tally` with
+First what a query does (`mean_distance`, `entropy`), then measures of heads over sentences, each a `Tally` with
 its baseline. These take `visible`, bool, broadcast to the weights: the query is a real token and may attend to that
 key. Weights on other keys are taken out and the rest is divided by its sum, so to leave out keys (the first token, the
 ends of sentences) is to say that they are not visible. A query that puts no weight on visible keys does not count.
@@ -54,21 +54,6 @@ def entropy(weights: ArrayLike, visible: ArrayLike) -> Array:
     nats = -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1)), axis=-1)
     visible = jnp.asarray(visible)
     return jnp.where(visible > 1, nats / jnp.log(jnp.maximum(visible, 2)), 0.0)
-
-
-def hits(weights: ArrayLike, gold: ArrayLike) -> Array:
-    """Whether the key that gets most attention is a right one.
-
-    Args:
-      weights: [..., T, S].
-      gold: which keys would be right, bool, broadcasts to [..., T, S].
-
-    Returns:
-      bool [..., T].
-    """
-    weights = jnp.asarray(weights)
-    gold = jnp.broadcast_to(gold, weights.shape)
-    return jnp.take_along_axis(gold, jnp.argmax(weights, axis=-1, keepdims=True), axis=-1)[..., 0]
 
 
 def without_first(visible: ArrayLike) -> Array:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jax import Array
-from numpy.typing import ArrayLike
 from scipy import stats
 
 
@@ -56,6 +55,9 @@ def estimate(
       100 % in every sentence, or the same in all, has the width that the number of sentences allows.
     - Anything else (distances, norms, losses): a bootstrap, nested in seeds, stretched to that width. It gives the
       shape: longer on the side of the tail.
+
+    Very skewed measures without bounds still fall short with few sentences: for a lognormal of standard deviation 1 the
+    interval covers about 85 times in 100 with 10 sentences, 93 with 200.
 
     A plain percentile bootstrap over 5 seeds that are drawn from a normal distribution covers the truth 83 times in
     100, Hesterberg's expanded percentiles 91 times, this 95 times; tests/test_statistics.py counts it.
@@ -224,42 +226,6 @@ def _cross_fitted(
         for filled, array in zip(out, flat, strict=True):
             filled[part] = np.take_along_axis(array[part], index, axis=-1)[..., 0]
     return Tally(*out), np.stack(chosen)
-
-
-class Estimate(NamedTuple):
-    """A value and its 95 % interval; arrays of the same shape."""
-
-    value: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-def ratio(sums: ArrayLike, counts: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """Σ sums / Σ counts with a percentile bootstrap over sentences.
-
-    Args:
-      sums: per sentence, [sentences, ...]: right answers, or a total of some measure.
-      counts: per sentence, broadcasts to the same shape: questions, or tokens. Sentences with 0 count for nothing.
-      resamples: bootstrap samples of sentences.
-      seed: of the resampling.
-
-    Returns:
-      Three arrays [...]; NaN where there is nothing to count.
-
-    References:
-      Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
-    """
-    sums = np.asarray(sums, float)
-    counts = np.broadcast_to(np.asarray(counts, float), sums.shape)
-    n = len(sums)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # how often each is drawn
-    flat = (n, -1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = sums.sum(0) / counts.sum(0)
-        samples = (drawn @ sums.reshape(flat)) / (drawn @ counts.reshape(flat))
-        samples = np.where(np.isnan(samples), value.ravel(), samples)  # a resample that drew no question says nothing
-        low, high = np.percentile(samples, [2.5, 97.5], axis=0).reshape(2, *value.shape)
-    return Estimate(value, low, high)
 
 
 def _arrays(who: str, tally: Tally, axis: int | tuple[int, int]) -> list[np.ndarray]:
