@@ -264,7 +264,7 @@ def _some_head(tally: Tally) -> float:
 
 
 def _needed(lost: Mapping[str, Tally]) -> Measure:
-    """The share of heads whose removal raises the loss, of all heads of a seed; the baseline is heads that do nothing."""
+    """The share of the heads of a seed whose removal raises the loss; the baseline is heads that do nothing."""
     shares = []
     for seed in range(len(next(iter(lost.values())).total)):
         p = []

@@ -12,6 +12,7 @@ from experiments.heads.examined import Kind
 from mhajax.heads.statistics import Measure
 
 _DECIMALS = {"distance": 1, "entropy": 2}  # of the measures that are not shares
+_FIRST, _SHARE = 30, 13  # columns of a terminal that the first three take, and each share
 
 
 def show(console: Console, kinds: Sequence[Kind], heads: Mapping[str, Mapping[str, Measure]]) -> None:
@@ -24,8 +25,10 @@ def show(console: Console, kinds: Sequence[Kind], heads: Mapping[str, Mapping[st
     """
     relations = False
     for kind in kinds:
-        measures = heads[kind.name]
-        shares = [name for name in measures if name not in _DECIMALS]
+        shares = [name for name in heads[kind.name] if name not in _DECIMALS]
+        left_out = shares[max(1, (console.width - _FIRST) // _SHARE) :]  # no room for them
+        measures = {name: one for name, one in heads[kind.name].items() if name not in left_out}
+        shares = [name for name in shares if name in measures]
         relations |= bool(shares)
         table = Table(title=kind.title, title_justify="left", title_style="bold", header_style="", box=None)
         table.add_column("layer·head", no_wrap=True)
@@ -39,6 +42,8 @@ def show(console: Console, kinds: Sequence[Kind], heads: Mapping[str, Mapping[st
             rules = [f"{100 * measures[n].baseline[0, 0]:.0f}{' ' * 8}" if n in best else "" for n in measures]
             table.add_row("best rule", *rules, style="dim")
         console.print(table)
+        if left_out:
+            console.print(f"no room for: {', '.join(left_out)}", style="dim", highlight=False)
         console.print()
     console.print(
         "distance: tokens between query and what it looks at; entropy: 0 is one key, 1 all alike."
