@@ -39,7 +39,7 @@ class Config:
 
     Attributes:
       seed: of everything random: parameters, order of the data, dropout.
-      seeds: number of models trained side by side, with seeds seed, seed + 1, …; all see the same batches.
+      seeds: number of models trained in one program, with seeds seed, seed + 1, …; all see the same batches.
       steps: batches to train on.
       accumulate: batches whose gradients are averaged before the parameters change.
       optimizer: "adamw", "adam", "sgd" (momentum beta1) or "lion".

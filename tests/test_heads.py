@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import heads
 from experiments.config import LanguageModelling, Translation, Windows
 from experiments.data import corpora, vocabulary
 from experiments.heads import costs, examined, findings, gold, measure, numbers, report, roles, table
@@ -192,6 +191,7 @@ def test_the_page_and_its_numbers(found, model, trained):
     for heading in ("Which heads follow the grammar", "How far heads reach", "aligns words", "Near and far",
                     "What is lost", "can be removed", "other seeds", "Do heads differ", "See every head"):  # fmt: skip
         assert heading in text
+    assert f"{SENTENCES} test sentences, neither trained on" in text
     assert "&lt;run&gt;" in text and "<run>" not in text and "http://" not in text
     assert {"relations", "pruning", "lost_cross", "matched_encoder"} <= set(drawings)
     written = json.loads(json.dumps(numbers.as_json(model, found, SEEDS), allow_nan=False))
@@ -214,9 +214,6 @@ def test_a_language_model_of_one_seed_has_a_report_too():
     assert found.relations == [] and found.stability == {} and found.alignment == {}
     assert found.heads["self"]["after the same word"].value.shape == (1, 2, 2)
     page, drawings = report.make(model, found, params, "text", 2)
+    assert "whose loss chose the best parameters" in page.html()
     assert "follow the grammar" not in page.html() and "lost_self" in drawings
     assert json.dumps(numbers.as_json(model, found, 1), allow_nan=False)
-
-
-def test_the_command_is_documented():
-    assert "python -m experiments heads RUN" in heads.__doc__

@@ -32,7 +32,7 @@ class Costs(NamedTuple):
     order: list[tuple[str, int, int]]
 
 
-ORDERS = ("least important first", "at random")
+ORDERS = ("least important first", "in one random order")
 
 
 def costs(model: Examined, seed: int = 0) -> Callable[[Any], Costs]:

@@ -66,6 +66,7 @@ class Examined(NamedTuple):
 
     Attributes:
       kinds: the attentions.
+      origin: what its sentences are, for a reader.
       batches: the held-out sentences.
       index: batch → [B] number of the sentence.
       capture: (params, batch, names) → {kind: {name: [L, B, N, …]}}.
@@ -83,6 +84,7 @@ class Examined(NamedTuple):
     """
 
     kinds: tuple[Kind, ...]
+    origin: str
     batches: list[Any]
     index: Callable[[Any], np.ndarray]
     capture: Callable[[Any, Any, Sequence[str]], dict[str, dict[str, Array]]]
@@ -180,7 +182,8 @@ def of_translator(config: Translation, corpus: corpora.ParallelCorpus, words: Vo
         Kind("cross", "Cross attention: target to source", shape.decoder_layers, shape.num_heads),
     )
     return Examined(
-        kinds=kinds, batches=held_out, index=lambda batch: batch.index, capture=capture, visible=visible, tokens=tokens,
+        kinds=kinds, origin="test sentences, neither trained on nor used to choose the parameters",
+        batches=held_out, index=lambda batch: batch.index, capture=capture, visible=visible, tokens=tokens,
         losses=losses, ablated=ablated, predicted=predicted, categories=categories,
         right=lambda batch: {r.key: gold.keys(r, sentences_of(batch), visible(batch)[r.kind]) for r in relations},
         relations=relations, rules=lambda batch, r: gold.rules(r, sentences_of(batch), visible(batch)[r.kind]),
@@ -239,6 +242,7 @@ def of_language_model(
 
     return Examined(
         kinds=(Kind("self", "Attention of the text to itself", shape.num_layers, shape.num_heads),),
+        origin="windows of the validation text, which was not trained on, but whose loss chose the best parameters",
         batches=held_out, index=lambda batch: batch.index, capture=capture,
         visible=lambda batch: {"self": real(batch)[:, :, None] & np.tril(np.ones((length, length), bool))},
         tokens=lambda batch: {"self": (batch.tokens[:, :-1],) * 2},

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rich.console import Console
+from scipy import stats
 
 from experiments.heads import costs, measure
 from experiments.heads.costs import Costs
@@ -59,7 +60,7 @@ class Findings(NamedTuple):
       needed: category → share of heads whose removal raises the loss (false discoveries held at 5 %), over seeds.
       pruned: order of removal → [removals + 1]: loss per word, over seeds and sentences.
       removable: for each of `TOLERATED`, how many heads go before the perplexity is that much higher: mean and interval
-        over seeds; the baseline removes heads at random.
+        over seeds; the baseline removes them in one random order.
       importance: kind → [seeds, L, N], Michel's.
       order: for each seed, heads from the least important to the most.
       stability: kind → how alike the heads of the seeds are after matching; empty for fewer than 3 seeds.
@@ -273,19 +274,13 @@ def _needed(lost: Mapping[str, Tally]) -> Measure:
             rate = total.sum(0) / np.maximum(count.sum(0), 1)
             error = np.sqrt(((total - rate * count) ** 2).sum(0)) / np.maximum(count.sum(0), 1)
             z = np.divide(rate, error, out=np.zeros_like(rate), where=error > 0)
-            p.append(_upper_tail(z).ravel())
+            p.append(stats.norm.sf(z).ravel())
         shares.append((significance.benjamini_hochberg(np.concatenate(p)) < ALPHA).mean())
     return _of_numbers(shares, 0.0)
 
 
-def _upper_tail(z: np.ndarray) -> np.ndarray:
-    from scipy import stats
-
-    return stats.norm.sf(z)
-
-
 def _removable(pruned: Mapping[str, Tally], share: float) -> Measure:
-    """How many heads go, in the order of importance, before the perplexity is that much higher; baseline: at random."""
+    """How many heads go, in the order of importance, before the perplexity is that much higher."""
 
     def count(tally: Tally) -> np.ndarray:
         losses = np.asarray(tally.total).sum(-1) / np.asarray(tally.count).sum(-1)[:, None]  # [seeds, removals + 1]

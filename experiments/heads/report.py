@@ -47,7 +47,7 @@ def make(model: Examined, found: Findings, trained: Sequence[Any], name: str, sh
         _stable(page, model, found, drawings)
     _different(page, model, found, drawings)
     _view(page, model, trained[0], of_seed, shown)
-    _method(page, seeds, sentences)
+    _method(page, seeds, sentences, model.origin)
     return page, drawings
 
 
@@ -69,7 +69,7 @@ def _lead(model: Examined, found: Findings, seeds: int, heads: int, sentences: i
     lines.append(
         f"{_share(needed)} of the heads are of use: without one of them the loss is higher. In the order of their "
         f"importance, {_number(removable)} of {heads} heads can be removed before the perplexity is more than "
-        f"{TOLERATED[-1]:.0%} higher; at random, {float(removable.baseline):.1f}."
+        f"{TOLERATED[-1]:.0%} higher; in one random order, {float(removable.baseline):.1f}."
     )
     return lines
 
@@ -164,7 +164,7 @@ def _near_and_far(page: Page, model: Examined, found: Findings, drawings: Drawin
     section = page.section("Near and far")
     section.text(
         "Distance: tokens between a query and what it looks at. Entropy: 0 is one key, 1 all visible keys alike. "
-        "The baseline is uniform attention to the same keys; untrained heads come close to it."
+        "The baseline is uniform attention to the same keys."
     )
     for kind in model.kinds:
         measures = found.heads[kind.name]
@@ -252,7 +252,7 @@ def _pruned(page: Page, found: Findings, drawings: Drawings, heads: int, seeds: 
     section.table(
         ["perplexity may rise by", Column(f"heads that can go, of {heads}", ".1f")],
         [[f"{share:.0%}", measure] for share, measure in found.removable.items()],
-        caption="In the order of importance; the baseline removes heads at random.",
+        caption="In the order of importance; the baseline removes heads in one random order, the same for all seeds.",
     )
 
 
@@ -348,7 +348,7 @@ def _gold(model: Examined, kind: Kind, right: dict[str, np.ndarray], row: int) -
     return sorted({(int(t), int(s)) for r in drawn for t, s in np.argwhere(right[r.key][row])})
 
 
-def _method(page: Page, seeds: int, sentences: int) -> None:
+def _method(page: Page, seeds: int, sentences: int, origin: str) -> None:
     section = page.section("How this was measured")
     over = "over seeds and sentences" if seeds > 1 else "over sentences of one model"
     section.items([
@@ -356,7 +356,7 @@ def _method(page: Page, seeds: int, sentences: int) -> None:
         "p: sign flips by sentence with the largest statistic of all heads (Westfall–Young), so that looking at many "
         "heads is paid for.",
         "A head has a role if the lower end of its interval is at least a quarter of the way from the baseline to 1.",
-        f"{sentences} sentences that were neither trained on nor used to choose the parameters.",
+        f"{sentences} {origin}.",
     ])  # fmt: skip
 
 
