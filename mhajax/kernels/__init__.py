@@ -1,9 +1,10 @@
 """softmax(q kᵀ) v for given queries, keys and values: one contract, one function per path.
 
 `attend` is the contract. `dense` is the definition and holds every logit; `blockwise` gives the same numbers in memory
-that grows with T; `cudnn` and `splash` call what a platform has. `choice` is the one place where a path is picked, and
-`explain` prints what it picks and why. `rows` is for who looks at weights or changes them. `ring` is for a sequence
-that is cut over devices, and is called by its name.
+that grows with T; `fused` does so for short sequences on a CPU, in one loop of the compiler's; `cudnn` and `splash` call
+what a platform has. `choice` is the one place where a path is picked, and `explain` prints what it picks and why. `rows`
+is for who looks at weights or changes them. `ring` is for a sequence that is cut over devices, and is called by its
+name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from mhajax.interventions import Capture, Patch, as_capture
-from mhajax.kernels import blockwise, cudnn, dense, rows, splash
+from mhajax.kernels import blockwise, cudnn, dense, fused, rows, splash
 from mhajax.kernels.choice import NAMES, Choice, Request, choose, spread
 from mhajax.kernels.grid import Tiling
 from mhajax.kernels.pairs import hoist
@@ -72,7 +73,7 @@ def attend(
         "column_sums" [..., N, S], the weights that every key receives. The first two hold T × S numbers, the others are
         summed up in memory that grows with T. A Capture chooses heads and rows: only these are computed. Asking changes
         no bit of the output.
-      kernel: "auto", or one of NAMES. The blockwise path and those of the platforms have no forward-mode derivative:
+      kernel: "auto", or one of NAMES. All paths but the dense one have no forward-mode derivative:
         `jax.jvp`, `jax.hessian` and the like need kernel="dense".
       cached: k and v come from a cache: values are finite, and keys that are not have NaN.
       logits, weights: patches as in `interventions.Intervention`. All heads are then computed by whole rows, a few
@@ -116,6 +117,7 @@ def attend(
     paths = {
         "dense": lambda: dense.attend(q, k, v, cached=cached, **given),
         "blockwise": lambda: tiled(choice.tiling),
+        "fused": lambda: (fused.attend(q, k, v, mask=mask, queries=queries, keys=keys, scale=given["scale"]), None),
         "cudnn": lambda: (cudnn.attend(q, k, v, mask=mask, scale=given["scale"]), None),
         "splash": lambda: (splash.attend(q, k, v, mask=mask, scale=given["scale"]), None),
     }

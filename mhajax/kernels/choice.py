@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhajax import masks
-from mhajax.kernels import cudnn
+from mhajax.kernels import cudnn, fused
 from mhajax.kernels.grid import Tiling
 from mhajax.masks import Mask, Tokens
 
-NAMES = ("dense", "blockwise", "cudnn", "splash")
+NAMES = ("dense", "fused", "blockwise", "cudnn", "splash")
 
 
 class Request(NamedTuple):
@@ -106,6 +106,13 @@ def spread() -> bool:
 
 def _absence(name: str, request: Request) -> str:
     """Why "auto" does not take a path that could do it; empty if it may. A path asked for by name is taken."""
+    length, num_keys = request.q.shape[-2], request.k.shape[-2]
+    if name == "fused" and request.platform != "cpu":
+        return "fused rows are for a CPU"
+    if name == "fused" and not 0 < num_keys <= fused.MOST_KEYS:
+        return f"fused rows are for up to {fused.MOST_KEYS} keys, not {num_keys}"
+    if name == "fused" and length * num_keys > fused.MOST_PAIRS:
+        return f"a head has {length} × {num_keys} logits, fused rows are for up to {fused.MOST_PAIRS}"
     if name == "splash" and request.platform != "tpu":
         return "splash attention needs a TPU"
     if name == "splash" and request.spread:
@@ -117,10 +124,22 @@ def _refusal(name: str, request: Request) -> str:
     """Why a path cannot do what is asked; empty if it can."""
     if name == "blockwise" and request.cached:
         return "a cache is read by the dense path, which does not copy it"
+    if name == "fused":
+        return _fused_refusal(request)
     if name == "cudnn":
         return _cudnn_refusal(request)
     if name == "splash":
         return _splash_refusal(request)
+    return ""
+
+
+def _fused_refusal(request: Request) -> str:
+    if request.cached:
+        return "a cache is read by the dense path, which does not copy it"
+    asked = {"a bias": request.bias, "a score function": request.score, "dropout": request.dropout}
+    for what, wanted in asked.items():
+        if wanted:
+            return f"{what} comes between the products, which are not fused then"
     return ""
 
 
@@ -180,8 +199,10 @@ def _preferred(request: Request, refused: dict[str, str]) -> tuple[str, str]:
     if refused["blockwise"]:
         return "dense", refused["blockwise"]
     few = 24 if request.mask is not None or request.bias else 48
-    if request.items == 0 or min(length, num_keys) < few:
+    if request.items == 0 or (length * num_keys < 256 if not refused["fused"] else min(length, num_keys) < few):
         return "dense", "there are few logits"
+    if not refused["fused"]:
+        return "fused", "the logits of a few heads are never written down, or stay in the cache"
     if not refused["cudnn"]:
         return "cudnn", "memory grows with T, in one kernel"
     if not refused["splash"] and min(length, num_keys) >= 128:
