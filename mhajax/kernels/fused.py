@@ -129,10 +129,10 @@ def _heads(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> t
     sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in sums]))
 
     def one_example(given: Any) -> tuple[Array, Array]:
-        *given, bound = given
-        bad_q, bad_k, bad_v = (jnp.any(~jnp.isfinite(a), axis=-1) for a in given)
+        q, k, v, bound = given
+        bad_q, bad_k, bad_v = (jnp.any(~jnp.isfinite(a), axis=-1) for a in (q, k, v))
         spoilt = jnp.any((bad_q[..., None] | (bad_k | bad_v)[..., None, :]) & (bound > 0), axis=-1)
-        heads = _products(scale, *map(_heal, given), bound)
+        heads = _products(scale, _heal(q), _heal(k), _heal(v), bound)
         return jnp.where(spoilt[..., None], jnp.nan, heads), spoilt
 
     def looked_at() -> tuple[Array, Array]:
@@ -193,12 +193,14 @@ def _gradients(
 
     def one_chunk(i: Array, state: Any) -> Any:
         d_q, d_k, d_v = state
-        given: Any = [chunk(a, i) for a in (flat_q, *((d_v, d_k) if in_place else (flat_k, flat_v)))]
-        d_out, of_chunk = chunk(flat_d, i), None
+        keys, values = (d_v, d_k) if in_place else (flat_k, flat_v)
+        asking, keys, values, d_out = (chunk(a, i) for a in (flat_q, keys, values, flat_d))
+        of_chunk = None
         if spoilt is not None and bound is not None:
-            given, d_out = list(map(_heal, given)), jnp.where(chunk(_flat(spoilt), i)[..., None], 0, d_out)
+            asking, keys, values = map(_heal, (asking, keys, values))
+            d_out = jnp.where(chunk(_flat(spoilt), i)[..., None], 0, d_out)
             of_chunk = _bound_of(bound, i * some + jnp.arange(some), num_heads)
-        gradients = _of_chunk(scale, *given, d_out, of_chunk)
+        gradients = _of_chunk(scale, asking, keys, values, d_out, of_chunk)
         return tuple(put(a, i, d) for a, d in zip(state, gradients, strict=True))
 
     new = jnp.zeros_like
