@@ -1,10 +1,10 @@
 """softmax(q kᵀ) v for given queries, keys and values: one contract, one function per path.
 
 `attend` is the contract. `dense` is the definition and holds every logit; `blockwise` gives the same numbers in memory
-that grows with T; `fused` does so for short sequences on a CPU, in one loop of the compiler's; `cudnn` and `splash` call
-what a platform has. `choice` is the one place where a path is picked, and `explain` prints what it picks and why. `rows`
-is for who looks at weights or changes them. `ring` is for a sequence that is cut over devices, and is called by its
-name.
+that grows with T; `fused` does so for short sequences on a CPU, in one loop of the compiler's; `cudnn` and `splash`
+call what a platform has. `choice` is the one place where a path is picked, and `explain` prints what it picks and why.
+`rows` is for who looks at weights or changes them. `ring` is for a sequence that is cut over devices, and is called by
+its name.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def _folded(function: Callable) -> Callable:
 def _heads(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> tuple[Array, Array | None]:
     """Outputs [B, K, T, Hv], NaN for queries that see something that is not finite; which these are, [B, K, T]."""
     shape = (*q.shape[:-1], v.shape[-1])
-    arrays: Any = tuple(map(_flat, (q, k, v)))
+    arrays = _flat(q), _flat(k), _flat(v)
     if bound is None:  # everybody sees everything
         return _products(scale, *arrays, None).reshape(shape), None
     sums = [jnp.sum(a, axis=-1) for a in arrays]  # they may overflow, then it is looked at twice
