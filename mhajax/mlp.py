@@ -70,7 +70,23 @@ def apply(params: Params, x: Array, config: Config) -> Array:
       Vaswani et al. 2017, section 3.3; gated: Shazeer 2020, "GLU Variants Improve Transformer".
     """
     params = jax.tree.map(lambda w: w.astype(x.dtype), params)
-    hidden = _ACTIVATIONS[config.activation](x @ params.w_in + params.b_in)
+    activation = jax.checkpoint(_ACTIVATIONS[config.activation])  # its steps are cheaper to do again than to keep
+    hidden = activation(_widen(x, params.w_in) + params.b_in)
     if params.w_gate is not None:
-        hidden = hidden * (x @ params.w_gate)
+        hidden = hidden * _widen(x, params.w_gate)
     return hidden @ params.w_out + params.b_out
+
+
+@jax.custom_jvp
+def _widen(x: Array, weights: Array) -> Array:
+    """x [..., D] by [D, F], more than D."""
+    return x @ weights
+
+
+@_widen.defjvp
+def _derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    (x, weights), (d_x, d_weights) = primals, tangents
+    # The gradient of the weights is a product over tokens, for which XLA on CPU would turn the wide side.
+    turned = jax.lax.optimization_barrier(jnp.swapaxes(x.reshape(-1, x.shape[-1]), 0, 1))
+    of_weights = jnp.swapaxes(turned, 0, 1) @ d_weights
+    return x @ weights, d_x @ weights + of_weights.reshape(*x.shape[:-1], weights.shape[-1])

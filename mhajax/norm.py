@@ -34,7 +34,22 @@ def apply(params: Params, x: Array, *, epsilon: float = 1e-6) -> Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if params.shift is not None:
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon) * params.scale
+    wide = _times(wide, jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon))
+    wide = _times(wide, params.scale)
     if params.shift is not None:
         wide = wide + params.shift
     return wide.astype(x.dtype)
+
+
+@jax.custom_jvp
+def _times(x: Array, factor: Array) -> Array:
+    """x [..., D] times a factor that is spread over it, [D] or [..., 1]."""
+    return x * factor
+
+
+@_times.defjvp
+def _derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    (x, factor), (d_x, d_factor) = primals, tangents
+    # One factor for both passes would be written out over x, since XLA computes nothing twice; so each has its own.
+    own = jax.lax.optimization_barrier(factor)
+    return x * factor, d_x * own + x * d_factor
