@@ -41,7 +41,8 @@ def test_the_page_says_what_is_so():
 def test_the_page_claims_of_the_ring_what_its_test_shows():
     source = (ROOT / "tests" / "test_kernels_platforms.py").read_text()
     assert [case for case in parity.RING.values() if f'"{case}": errors(' not in source] == []
-    assert set(parity.RING) <= set(FEATURES) and set(parity.SPECIAL) <= set(FEATURES) and REFUSED <= set(FEATURES)
+    assert set(parity.RING) <= set(FEATURES) and set(parity.SPECIAL) <= set(FEATURES)
+    assert set.union(*REFUSED.values()) <= set(FEATURES)
 
 
 @pytest.mark.parametrize("name", [EVERYTHING, "sinks and their gradient", "`vmap` over gates", "score: soft cap"])
@@ -65,7 +66,7 @@ def test_the_loops_have_the_gradient_of_their_value(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tiling", [(1, 5, 6), (2, 4, 17), (4, 7, 6), (99, 13, 6), (99, 4, 17), (1, 13, 17)], ids=str)
-@pytest.mark.parametrize("name", [name for name in FEATURES if name not in REFUSED])
+@pytest.mark.parametrize("name", [name for name in FEATURES if name not in REFUSED["blockwise"]])
 def test_every_feature_in_every_tiling_fully_optimised(name, tiling, full_compiles, monkeypatch):
     monkeypatch.setattr(parity, "quick", full_compiles)
     case, (items, rows, columns) = FEATURES[name].case, tiling
@@ -142,7 +143,19 @@ CHOICES = {
     "long": (request(), "blockwise"),
     "with everything": (request(mask=masks.causal(), bias=True, score=True, dropout=True), "blockwise"),
     "short": (request(t=8, s=8), "dense"),
-    "long queries, few keys": (request(s=8), "dense"),
+    "long queries, few keys": (request(s=8), "fused"),
+    "short, many logits": (request(t=16, s=16, mask=masks.causal()), "fused"),
+    "short, few logits": (request(t=15, s=17), "dense"),
+    "256 keys": (request(t=256, s=256, dtype=jnp.bfloat16), "fused"),
+    "257 keys": (request(t=256, s=257), "blockwise"),
+    "256 keys, too many queries": (request(t=4097, s=256), "blockwise"),
+    "256 keys, bias": (request(t=256, s=256, bias=True), "blockwise"),
+    "256 keys, score": (request(t=256, s=256, score=True), "blockwise"),
+    "256 keys, dropout": (request(t=256, s=256, dropout=True), "blockwise"),
+    "256 keys, cached": (request(t=256, s=256, cached=True), "dense"),
+    "no key": (request(t=256, s=0), "dense"),
+    "GPU, 256 keys": (request("gpu", t=256, s=256), "blockwise"),
+    "TPU, 256 keys": (request("tpu", t=256, s=256), "splash"),
     "one query": (request(t=1), "dense"),
     "no example": (request(b=0), "dense"),
     "cached": (request(cached=True), "dense"),
@@ -179,9 +192,33 @@ def test_the_choice_prints_itself():
         *(f"not {name}: {why}" for name, why in chosen.others.items()),
     ]  # fmt: skip
     assert chosen.others["cudnn"] == "cuDNN needs an NVIDIA GPU" and chosen.others["splash"].endswith("needs a TPU")
+    assert chosen.others["fused"] == "fused rows are for up to 256 keys, not 4096"
     assert str(kernels.explain(*heads, cached=True)).splitlines()[0] == (
         "dense: a cache is read by the dense path, which does not copy it"
     )
+
+
+def test_the_choice_says_why_it_is_fused_and_why_not():
+    heads = [jax.ShapeDtypeStruct((1, 8, 128, 64), jnp.float32)] * 3
+    assert str(kernels.explain(*heads, platform="cpu", mask=masks.causal())).splitlines() == [
+        "fused: the logits of a few heads are never written down, or stay in the cache",
+        "not dense: it holds all T × S logits",
+        "not blockwise: not needed",
+        "not cudnn: cuDNN needs an NVIDIA GPU",
+        "not splash: splash attention needs a TPU",
+    ]
+    between = "comes between the products, which are not fused then"
+    asked = {
+        f"a bias {between}": {"bias": np.zeros((128, 128))},
+        f"a score function {between}": {"score": scores.alibi(8)},
+        f"dropout {between}": {"dropout_rate": 0.1},
+        "a cache is read by the dense path, which does not copy it": {"cached": True},
+        "fused rows are for a CPU": {"platform": "tpu"},
+    }
+    for why, options in asked.items():
+        assert kernels.explain(*heads, **{"platform": "cpu"} | options).others["fused"] == why
+    long = [jax.ShapeDtypeStruct((1, 8, t, 64), jnp.float32) for t in (8192, 256, 256)]
+    assert kernels.explain(*long, platform="cpu").others["fused"].startswith("a head has 8192 × 256 logits")
 
 
 @pytest.mark.parametrize(("t", "expected"), [(2048, 0.625), (4096, 0.5625), (8192, 0.53125)])
@@ -214,18 +251,20 @@ def test_the_loops_run_over_what_the_mask_leaves(traced):
 
 def test_what_cannot_be_done_is_said():
     heads = numbers(1, 1, 2, 5, 3)
-    with pytest.raises(ValueError, match="^kernels: kernel must be auto or one of dense, blockwise.*, got 'flash'.$"):
+    with pytest.raises(
+        ValueError, match="^kernels: kernel must be auto or one of dense, fused, blockwise.*, got 'flash'.$"
+    ):
         attend(5, 5, "flash")(heads, heads, heads)
     with pytest.raises(ValueError, match="^kernels: kernel='blockwise' cannot do this: a cache .* one of dense.$"):
         attend(5, 5, cached=True)(heads, heads, heads)
-    for kernel, reason in (("cudnn", "NVIDIA"), ("splash", "bias")):
+    for kernel, reason in (("cudnn", "NVIDIA"), ("splash", "bias"), ("fused", "a bias comes between")):
         with pytest.raises(ValueError, match=f"kernel='{kernel}' cannot do this: .*{reason}.* dense, blockwise"):
             attend(5, 5, kernel, bias=np.zeros((5, 5), np.float32))(heads, heads, heads)
 
 
 def test_an_empty_batch_is_an_empty_result():
     heads = np.zeros((0, 4, 5, 3), np.float32)
-    for kernel in ("auto", "dense", "blockwise"):
+    for kernel in ("auto", "dense", "fused", "blockwise"):
         out = jax.eval_shape(with_gradient(attend(5, 5, kernel, mask=masks.causal())), heads, heads, heads)
         assert {a.shape for a in jax.tree.leaves(out)} == {heads.shape}
 

@@ -51,8 +51,8 @@ def attend(
         bound = _lay_out_bound(allowed, q.shape, k.shape[-3])
     batch, num_kv_heads = math.prod(leading), k.shape[-3]
     lay_out = lambda a: a.reshape(batch, num_kv_heads, a.shape[-3] // num_kv_heads * a.shape[-2], a.shape[-1])  # noqa: E731
-    heads: Any = _attend(scale, *map(lay_out, (q, k, v)), bound)
-    return heads.reshape(*leading, num_heads, length, v.shape[-1]).astype(v.dtype)
+    outputs: Any = _attend(scale, lay_out(q), lay_out(k), lay_out(v), bound)
+    return outputs[0].reshape(*leading, num_heads, length, v.shape[-1]).astype(v.dtype)
 
 
 def _lay_out_bound(allowed: Array, shape: tuple[int, ...], num_kv_heads: int) -> Array:
@@ -70,27 +70,45 @@ def _lay_out_bound(allowed: Array, shape: tuple[int, ...], num_kv_heads: int) ->
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> Array:
-    """[B, K, T, Hv], wide, from q [B, K, T, H], k [B, K, S, H] and v [B, K, S, Hv]; T counts all heads of a group."""
-    return _folded(partial(_heads, scale))(q, k, v, bound)[0]
+def _attend(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> tuple[Array, Array | None]:
+    """`_heads` from q [B, K, T, H], k [B, K, S, H] and v [B, K, S, Hv]; T counts all heads of a group."""
+    return _folded(partial(_heads, scale))(q, k, v, bound)
 
 
-def _forward(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> tuple[Array, tuple]:
-    heads, spoilt = _folded(partial(_heads, scale))(q, k, v, bound)
-    return heads, (q, k, v, bound, spoilt)
+def _forward(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> tuple[tuple, tuple]:
+    outputs: Any = _attend(scale, q, k, v, bound)
+    return outputs, (q, k, v, outputs[1], bound)
 
 
-def _backward(scale: float, saved: tuple, d_heads: Array) -> tuple:
-    *given, bound, spoilt = saved
-    gradients = _folded(partial(_gradients, scale))(*given, d_heads, spoilt, bound)
-    return *gradients, None
+def _backward(scale: float, saved: tuple, cotangents: tuple) -> tuple:
+    q, k, v, spoilt, bound = saved
+    return *_pull(scale, q, k, v, cotangents[0], spoilt, bound), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
+# Second derivatives: a function under `custom_vmap` has none of its own, so these are those of `_gradients` without it.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pull(scale: float, *arguments: Any) -> tuple[Array, Array, Array]:
+    return _folded(partial(_gradients, scale))(*arguments)
+
+
+def _pull_forward(scale: float, *arguments: Any) -> tuple[tuple, tuple]:
+    return _pull(scale, *arguments), arguments
+
+
+def _pull_backward(scale: float, arguments: tuple, cotangents: tuple) -> tuple:
+    q, k, v, d_heads, spoilt, bound = arguments
+    _, pull = jax.vjp(lambda q, k, v, d: _gradients(scale, q, k, v, d, spoilt, bound), q, k, v, d_heads)
+    return *pull(cotangents), None, None
+
+
+_pull.defvjp(_pull_forward, _pull_backward)
+
+
 def _folded(function: Callable) -> Callable:
-    """A function of arrays [B, K, …] and then a bound [B or 1, K or 1, …] or None; `vmap` makes B longer.
+    """A function of arrays [B, K, …] or None and then a bound [B or 1, K or 1, …] or None; `vmap` makes B longer.
 
     Under a plain `vmap` a branch that is hardly ever taken would be computed always, and the products would have
     another axis.
@@ -109,7 +127,7 @@ def _folded(function: Callable) -> Callable:
             a = a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
             return jnp.broadcast_to(a, (size, length, *a.shape[2:])).reshape(size * length, *a.shape[2:])
 
-        arrays = [fold(a, is_batched, batch) for a, is_batched in zip(arrays, batched, strict=False)]
+        arrays = [a if a is None else fold(a, b, batch) for a, b in zip(arrays, batched, strict=False)]
         if bound is not None and (batched[-1] or bound.shape[0] > 1):
             bound = fold(bound, batched[-1], batch)
         out = folded(*arrays, bound)
@@ -140,9 +158,8 @@ def _heads(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> t
         heads, spoilt = jax.lax.map(one_example, (*by_example, jnp.broadcast_to(bound, (shape[0], *bound.shape[1:]))))
         return _flat(heads), _flat(spoilt)
 
-    heads, spoilt = jax.lax.cond(
-        sound, lambda: (_products(scale, *arrays, bound), jnp.zeros(arrays[0].shape[:-1], bool)), looked_at
-    )
+    nobody = jnp.broadcast_to(~sound, arrays[0].shape[:-1])  # not zeros: it varies over devices as the rest does
+    heads, spoilt = jax.lax.cond(sound, lambda: (_products(scale, *arrays, bound), nobody), looked_at)
     return heads.reshape(shape), spoilt.reshape(shape[:-1])
 
 

@@ -1,0 +1,263 @@
+"""The fused path: what is not finite, mapped axes, heads a few at a time, second derivatives, what is written down."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+from parity_features import Case, Sizes, booleans, masked
+from reference import numbers
+
+from mhajax import kernels, masks
+from mhajax.kernels import Tiling, fused
+
+B, N, K, T, S, H, HV = 2, 6, 3, 7, 11, 5, 3
+ITEMS, ROWS = B * K, N // K * T  # what the backward pass goes through, and queries of each
+LENGTHS = np.array([9, 0])
+CAUSAL = np.arange(S) <= np.arange(T)[:, None]
+UNPADDED = np.arange(S) < LENGTHS[:, None, None, None]
+HEADS, EXAMPLES, ALL = (booleans(i, *shape) for i, shape in enumerate([(N, T, S), (B, T, S), (B, N, T, S)]))
+MASKS = {
+    "none": (None, True),
+    "causal": (masks.causal(), CAUSAL),
+    "lengths, one of them 0": (masks.lengths(LENGTHS), UNPADDED),
+    "by head": (masks.per_head(HEADS), HEADS),
+    "by example [B, 1, T, S]": (masks.per_example(EXAMPLES), EXAMPLES[:, None]),
+    "[B, N, T, S]": (masks.dense(ALL), ALL),
+}
+
+
+def attend(kernel="fused", mask=None):
+    """A function of q, k, v."""
+
+    def function(q, k, v):
+        places = {"queries": masks.tokens(q.shape[-2]), "keys": masks.tokens(k.shape[-2])}
+        return kernels.attend(q, k, v, kernel=kernel, mask=mask, **places)[0]
+
+    return function
+
+
+def with_gradient(function):
+    """(q, k, v) → heads and the three gradients."""
+
+    def both(q, k, v):
+        heads, pull = jax.vjp(function, q, k, v)
+        return heads, *pull(jnp.sin(1 + jnp.arange(heads.size, dtype=heads.dtype)).reshape(heads.shape))
+
+    return both
+
+
+def given(*leading, hv=HV):
+    return tuple(numbers(i, *leading, *shape) for i, shape in enumerate([(N, T, H), (K, S, H), (K, S, hv)]))
+
+
+def assert_close(got, expected):
+    """To the bound of float32, relative to each array's largest number; NaN where the other has it."""
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.nanmax(np.abs(b)))
+
+
+# What is not finite -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "none"])
+def test_what_is_not_finite_stays_where_it_is_seen(name):
+    mask, allowed = MASKS[name]
+    seen = np.broadcast_to(allowed, (B, N, T, S))
+    bad_q, bad_k, bad_v = given(B)
+    bad_q[0, 4, 2, 1], bad_k[1, 1, 3, 0], bad_v[0, 0, 4, 2], bad_v[0, 0, 5] = np.nan, np.inf, -np.inf, np.nan
+    hit = np.zeros((B, N, T), bool)
+    hit[0, 4, 2] = seen[0, 4, 2].any()
+    hit[1, 2:4] |= seen[1, 2:4, :, 3]
+    hit[0, :2] |= seen[0, :2, :, 4] | seen[0, :2, :, 5]
+    assert hit.any() and not hit.all()
+
+    def run(kernel):
+        """Heads, and the gradients of a loss without those that are hit."""
+
+        def both(*arrays):
+            without = with_gradient(lambda *arrays: jnp.where(hit[..., None], 0, attend(kernel, mask)(*arrays)))
+            return attend(kernel, mask)(*arrays), *without(*arrays)[1:]
+
+        return [np.asarray(a) for a in parity.quick(both)(bad_q, bad_k, bad_v)]
+
+    got = run("fused")
+    np.testing.assert_array_equal(np.isnan(got[0]), np.broadcast_to(hit[..., None], got[0].shape))
+    assert all(np.all(np.isfinite(gradient)) for gradient in got[1:])
+    assert_close(got, run("dense"))
+
+
+@pytest.mark.parametrize("name", ["lengths, one of them 0", "by head", "[B, N, T, S]"])
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_a_query_that_sees_nothing_gives_zeros(name, spoilt):
+    mask, allowed = MASKS[name]
+    seen = np.broadcast_to(allowed, (B, N, T, S))
+    q, k, v = given(B)
+    if spoilt:  # then the other branch computes it
+        k[0, 0, 3, 0] = v[1, 2, 0, 1] = np.nan
+    heads, d_q, d_k, d_v = map(np.asarray, parity.quick(with_gradient(attend(mask=mask)))(q, k, v))
+    empty, unseen = ~seen.any(-1), ~seen.reshape(B, K, -1, S).any(2)
+    assert empty.any() and not empty.all()
+    assert not np.any(heads[empty]) and not np.any(d_q[empty]) and not np.any(d_k[unseen]) and not np.any(d_v[unseen])
+    assert np.any(heads) and np.any(d_q)
+
+
+def test_finite_numbers_whose_sum_overflows_are_not_bad():
+    q, k, v = given(B)
+    q[0, 1, 2, :2], k[0, 0, :, :2] = 3e38, 0  # no product is more than 0
+    v[1, 2, :, :2], v[1, 2, 0, :2] = 0, 3e38
+    with np.errstate(over="ignore"):
+        assert np.isinf(np.sum(q, -1)[0, 1, 2]) and np.isinf(np.sum(v, -1)[1, 2, 0])
+    got, expected = (parity.quick(attend(kernel, masks.causal()))(q, k, v) for kernel in ("fused", "dense"))
+    assert np.all(np.isfinite(got))
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+
+
+# Mapped axes --------------------------------------------------------------------------------------------------------
+
+
+def one(kernel, q, k, v, length):
+    return with_gradient(attend(kernel, masks.causal() & masks.lengths(length)))(q, k, v)
+
+
+@pytest.fixture(scope="module")
+def by_dense():
+    return parity.quick(partial(one, "dense"))
+
+
+MANY_LENGTHS = np.array([[9, 0], [3, 11], [1, 2], [11, 11], [0, 5]])
+AXES = {
+    "everything mapped": (0, 0, 0, 0),
+    "the mask shared": (0, 0, 0, None),
+    "keys shared": (0, None, 0, 0),
+    "all but queries shared": (0, None, None, None),
+    "all but keys and the mask shared": (None, 0, None, 0),
+    "all but the mask shared": (None, None, None, 0),
+    "other axes": (1, 0, 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_a_mapped_axis_is_as_many_calls(name, by_dense):
+    arrays = *given(5, B), MANY_LENGTHS
+    moved = [a[0] if to is None else np.moveaxis(a, 0, to) for a, to in zip(arrays, AXES[name], strict=True)]
+    got = parity.quick(jax.vmap(partial(one, "fused"), AXES[name]))(*moved)
+    calls = [by_dense(*(a[0 if to is None else i] for a, to in zip(arrays, AXES[name], strict=True))) for i in range(5)]
+    assert_close(got, [np.stack(each) for each in zip(*calls, strict=True)])
+
+
+@pytest.mark.parametrize("shared", [(None, 0), (0, None)], ids=["outside", "inside"])
+def test_two_mapped_axes_are_as_many_calls(shared, by_dense):
+    """Of 5 and 3; keys and values are shared along one of them."""
+    q, k, v = given(5, 3, B)
+    k, v = (a[0] if shared[0] is None else a[:, 0] for a in (k, v))
+    inside, outside = (0, shared[1], shared[1], None), (0, shared[0], shared[0], 0)
+    got = parity.quick(jax.vmap(jax.vmap(partial(one, "fused"), inside), outside))(q, k, v, MANY_LENGTHS)
+    calls = [
+        [by_dense(q[i, j], *(a[j if shared[0] is None else i] for a in (k, v)), MANY_LENGTHS[i]) for j in range(3)]
+        for i in range(5)
+    ]
+    assert_close(got, [np.stack([[call[n] for call in row] for row in calls]) for n in range(4)])
+
+
+def test_without_a_mask_too():
+    got = parity.quick(jax.vmap(with_gradient(attend()), (0, None, 0)))(
+        *(a[0] if i == 1 else a for i, a in enumerate(given(5, B)))
+    )
+    q, k, v = given(5, B)
+    dense = parity.quick(with_gradient(attend("dense")))
+    assert_close(got, [np.stack(each) for each in zip(*(dense(q[i], k[0], v[i]) for i in range(5)), strict=True)])
+
+
+def test_under_vmap_the_branch_that_is_hardly_taken_stays_one():
+    """A plain vmap would compute both."""
+    arrays, bound = given(5, B), np.full((5, 1, 1, T, S), np.inf, np.float32)
+    text = jax.jit(jax.vmap(attend(mask=masks.causal()))).lower(*arrays).as_text()
+    many = jax.jit(jax.vmap(jax.vmap(one_by_lengths))).lower(*given(2, 5, B), np.ones((2, 5, B), int)).as_text()
+    q, k, v = arrays[0].reshape(5, B, K, ROWS, H), *arrays[1:]
+    plain = jax.jit(jax.vmap(partial(fused._heads, 1.0))).lower(q, k, v, bound[:, :, :, :1].repeat(ROWS, 3)).as_text()
+    assert [t.count("stablehlo.case") for t in (text, many, plain)] == [1, 1, 0]
+
+
+def one_by_lengths(q, k, v, length):
+    return attend(mask=masks.causal() & masks.lengths(length))(q, k, v)
+
+
+# The backward pass --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hv", [H, HV])
+@pytest.mark.parametrize("heads", [1, 4, 99])
+@pytest.mark.parametrize("name", MASKS)
+def test_gradients_a_few_heads_at_a_time(name, heads, hv, monkeypatch):
+    """With values as wide as keys one takes the place of the other; 4 heads at a time are 3, which divides the 6."""
+    monkeypatch.setattr(fused, "_ROWS", heads * ROWS)
+    assert fused._fitting(ITEMS, heads) == {1: 1, 4: 3, 99: 6}[heads]
+    mask = MASKS[name][0]
+    got, expected = (
+        parity.quick(with_gradient(attend(kernel, mask)))(*given(B, hv=hv)) for kernel in ("fused", "dense")
+    )
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("hv", [H, HV])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_other_dtypes_a_few_heads_at_a_time(dtype, hv, monkeypatch):
+    monkeypatch.setattr(fused, "_ROWS", 2 * ROWS)
+    case: Case = masked(*MASKS["lengths, one of them 0"], sizes=Sizes(B, N, K, T, S, H, hv), dtype=dtype)
+    parity.against_loops(parity.Path("fused", Tiling(B * N, T, S)), case)
+
+
+@pytest.mark.parametrize("name", ["none", "by example [B, 1, T, S]"])
+def test_the_gradient_of_a_gradient(name, monkeypatch):
+    """Also under vmap. Forward mode there is none."""
+    monkeypatch.setattr(fused, "_ROWS", 2 * ROWS)
+
+    def second(kernel):
+        """Of a sum over the gradients."""
+
+        def loss(*heads):
+            return jnp.sum(jnp.sin(attend(kernel, MASKS[name][0])(*heads)))
+
+        def penalty(*heads):
+            return sum(jnp.sum(jnp.sin(g)) for g in jax.grad(loss, (0, 1, 2))(*heads))
+
+        return parity.quick(jax.vmap(jax.grad(penalty, (0, 1, 2)), (0, None, None)))
+
+    q, k, v = given(B)
+    got, expected = (second(kernel)(np.stack([q, 2 * q]), k, v) for kernel in ("fused", "dense"))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.eval_shape(jax.jacfwd(attend()), q, k, v)
+
+
+def test_inside_shard_map_what_varies_over_devices_is_known():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
+    cut = jax.sharding.PartitionSpec("batch")
+
+    def both(*heads):
+        out, pull = jax.vjp(attend(mask=masks.causal()), *heads)
+        return out, *pull(2 * out)
+
+    spread = jax.shard_map(both, mesh=mesh, in_specs=(cut,) * 3, out_specs=(cut,) * 4)
+    assert_close(parity.quick(spread)(*given(B)), parity.quick(both)(*given(B)))
+
+
+# What the compiler makes of it with all its optimisations -----------------------------------------------------------
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older compilers write the logits down")
+@pytest.mark.parametrize("mask", [None, masks.causal()], ids=["all", "causal"])
+def test_the_logits_of_all_heads_are_not_written_down(mask, full_compiles):
+    batch, num_heads, length, width = 16, 8, 128, 16
+    heads = jax.ShapeDtypeStruct((batch, num_heads, length, width), jnp.float32)
+    needed = {
+        kernel: full_compiles(attend(kernel, mask)).lower(heads, heads, heads).compile().memory_analysis()
+        for kernel in ("fused", "dense")
+    }
+    logits = batch * num_heads * length * length * 4
+    assert needed["fused"].temp_size_in_bytes < logits / 4
+    assert needed["dense"].temp_size_in_bytes >= logits
