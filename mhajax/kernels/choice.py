@@ -109,6 +109,8 @@ def _absence(name: str, request: Request) -> str:
     length, num_keys = request.q.shape[-2], request.k.shape[-2]
     if name == "fused" and request.platform != "cpu":
         return "fused rows are for a CPU"
+    if name == "fused" and request.spread:
+        return "the compiler would gather what is cut over devices: call it inside shard_map"
     if name == "fused" and not 0 < num_keys <= fused.MOST_KEYS:
         return f"fused rows are for up to {fused.MOST_KEYS} keys, not {num_keys}"
     if name == "fused" and length * num_keys > fused.MOST_PAIRS:

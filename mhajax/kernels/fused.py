@@ -264,4 +264,4 @@ def _each(factor: float, a: Array) -> Array:
 
 def _fitting(items: int, most: int) -> int:
     """The largest number up to `most` that divides the items."""
-    return max(n for n in range(1, min(items, most) + 1) if items % n == 0)
+    return max((n for n in range(1, min(items, most) + 1) if items % n == 0), default=1)
