@@ -45,6 +45,8 @@ def attend(
       mask, queries, keys, scale: as in `kernels.attend`.
     """
     *leading, num_heads, length, _ = q.shape
+    if 0 in leading:  # no examples
+        return jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype)
     bound = None
     if mask is not None:
         allowed = full_rank("mask", mask.block(queries, keys), (*leading, num_heads, length, k.shape[-2]))
@@ -264,4 +266,4 @@ def _each(factor: float, a: Array) -> Array:
 
 def _fitting(items: int, most: int) -> int:
     """The largest number up to `most` that divides the items."""
-    return max((n for n in range(1, min(items, most) + 1) if items % n == 0), default=1)
+    return max(n for n in range(1, min(items, most) + 1) if items % n == 0)
