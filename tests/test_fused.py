@@ -194,6 +194,7 @@ def one_by_lengths(q, k, v, length):
 def test_gradients_a_few_heads_at_a_time(name, heads, hv, monkeypatch):
     """With values as wide as keys one takes the place of the other; 4 heads at a time are 3, which divides the 6."""
     monkeypatch.setattr(fused, "_ROWS", heads * ROWS)
+    monkeypatch.setattr(fused, "_PAIRS", 0)
     assert fused._fitting(ITEMS, heads) == {1: 1, 4: 3, 99: 6}[heads]
     mask = MASKS[name][0]
     got, expected = (
@@ -206,6 +207,7 @@ def test_gradients_a_few_heads_at_a_time(name, heads, hv, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_dtypes_a_few_heads_at_a_time(dtype, hv, monkeypatch):
     monkeypatch.setattr(fused, "_ROWS", 2 * ROWS)
+    monkeypatch.setattr(fused, "_PAIRS", 0)
     case: Case = masked(*MASKS["lengths, one of them 0"], sizes=Sizes(B, N, K, T, S, H, hv), dtype=dtype)
     parity.against_loops(parity.Path("fused", Tiling(B * N, T, S)), case)
 
@@ -214,6 +216,7 @@ def test_other_dtypes_a_few_heads_at_a_time(dtype, hv, monkeypatch):
 def test_the_gradient_of_a_gradient(name, monkeypatch):
     """Also under vmap. Forward mode there is none."""
     monkeypatch.setattr(fused, "_ROWS", 2 * ROWS)
+    monkeypatch.setattr(fused, "_PAIRS", 0)
 
     def second(kernel):
         """Of a sum over the gradients."""

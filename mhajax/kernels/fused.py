@@ -29,6 +29,7 @@ from mhajax.masks import Mask, Tokens
 MOST_KEYS = 256  # of more keys the library writes the logits of all heads down
 MOST_PAIRS = 2**20  # logits of one head; the backward pass holds them
 _ROWS = 2048  # queries at a time in the backward pass, of one head or of several
+_PAIRS = 2**19  # logits that it takes all at once
 
 
 def attend(
@@ -201,7 +202,7 @@ def _gradients(
     """Those of q, k and v; a few heads at a time. A query that is spoilt passes none."""
     batch, num_heads, length, _ = q.shape
     items = batch * num_heads
-    some = _fitting(items, max(1, _ROWS // length))
+    some = items if items * length * k.shape[-2] <= _PAIRS else _fitting(items, max(1, _ROWS // length))
 
     chunk = lambda a, i: jax.lax.dynamic_slice_in_dim(a, i * some, some)  # noqa: E731
     put = lambda a, i, d: jax.lax.dynamic_update_slice_in_dim(a, d.astype(a.dtype), i * some, 0)  # noqa: E731
