@@ -201,7 +201,7 @@ def test_the_choice_prints_itself():
 def test_the_choice_says_why_it_is_fused_and_why_not():
     heads = [jax.ShapeDtypeStruct((1, 8, 128, 64), jnp.float32)] * 3
     assert str(kernels.explain(*heads, platform="cpu", mask=masks.causal())).splitlines() == [
-        "fused: the logits of a few heads are never written down, or stay in the cache",
+        "fused: rows are short enough for the compiler to fuse both products and the softmax",
         "not dense: it holds all T × S logits",
         "not blockwise: not needed",
         "not cudnn: cuDNN needs an NVIDIA GPU",

@@ -204,7 +204,7 @@ def _preferred(request: Request, refused: dict[str, str]) -> tuple[str, str]:
     if request.items == 0 or (length * num_keys < 256 if not refused["fused"] else min(length, num_keys) < few):
         return "dense", "there are few logits"
     if not refused["fused"]:
-        return "fused", "the logits of a few heads are never written down, or stay in the cache"
+        return "fused", "rows are short enough for the compiler to fuse both products and the softmax"
     if not refused["cudnn"]:
         return "cudnn", "memory grows with T, in one kernel"
     if not refused["splash"] and min(length, num_keys) >= 128:
