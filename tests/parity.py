@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity_features
 from parity_features import CASES, Case, booleans
-from reference import numbers
+from reference import enable_x64, numbers
 
 from mhajax import dropout, kernels, masks, scores
 from mhajax.kernels import Tiling, choice, ring
@@ -176,10 +176,8 @@ def assert_close(got: Any, expected: Any, bound: str) -> str:
 
 
 def in_bits(case: Case) -> Any:
-    """64 bits within a `with` block if the case has float64; JAX has moved the name."""
-    if case.dtype != "float64":
-        return nullcontext()
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()  # pyright: ignore
+    """64 bits within a `with` block if the case has float64."""
+    return enable_x64() if case.dtype == "float64" else nullcontext()
 
 
 def against_loops(path: Path, case: Case) -> str:

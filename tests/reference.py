@@ -20,6 +20,11 @@ def random_params(init_params: Any, config: Any, seed: int = 0, dtype: Any = np.
     return jax.tree.unflatten(structure, [array.astype(dtype) for array in arrays])
 
 
+def enable_x64() -> Any:
+    """64 bits within a `with` block; JAX has moved its name."""
+    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()  # pyright: ignore
+
+
 def multi_head_attention(
     params, x, memory=None, *, mask=True, bias=0.0, gates=1.0, causal=False, positions=None, memory_positions=None
 ):

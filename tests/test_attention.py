@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 from flax import linen, nnx
-from reference import numbers
+from reference import enable_x64, numbers
 
 from mhajax import attention, kernels, masks, positions
 from mhajax.attention import Config, Params
@@ -22,11 +22,6 @@ apply_captured = jax.jit(attention.apply_captured, static_argnames=("config", "r
 init_params = jax.jit(attention.init_params, static_argnums=1)
 
 SMALL = Config(d_model=6, num_heads=3, num_kv_heads=1, head_dim=2, value_dim=5, use_bias=True)
-
-
-def enable_x64() -> Any:
-    """64 bits within a `with` block; JAX has moved its name."""
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()  # pyright: ignore
 
 
 def random_params(config: Config, seed: int = 0, dtype: Any = np.float32) -> Any:

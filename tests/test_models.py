@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import multi_head_attention, numbers, random_params
+from reference import enable_x64, multi_head_attention, numbers, random_params
 
 from mhajax import attention, block, language_model, masks, mlp, norm, transformer, translator
 
@@ -309,6 +309,33 @@ def test_feed_forward(activation):
         "swiglu": lambda a: a / (1 + np.exp(-a)) * (x @ params.w_gate),
     }
     close(mlp.apply(params, x, config), bend[activation](before) @ params.w_out + params.b_out)
+
+
+@pytest.mark.parametrize("part", ["rms", "layer", "gelu", "swiglu"])
+def test_norm_and_feed_forward_have_the_derivative_of_their_value(part):
+    """Both modes against central differences in float64: some of their derivatives are written by hand."""
+    apply, params = {
+        "rms": lambda: (norm.apply, random_params(lambda key, config: norm.init_params(D, "rms"), None)),
+        "layer": lambda: (norm.apply, random_params(lambda key, config: norm.init_params(D, "layer"), None)),
+        "gelu": lambda: feed_forward("gelu"),
+        "swiglu": lambda: feed_forward("swiglu"),
+    }[part]()
+    with enable_x64():
+        at, along = ((jax.tree.map(np.float64, params), np.float64(numbers(1, 2, 3, D)) + 2) for _ in range(2))
+        along = jax.tree.map(lambda a: np.random.default_rng(a.size).normal(size=a.shape), along)
+        cotangent = np.random.default_rng(3).normal(size=(2, 3, D))
+        value = jax.jit(lambda given: jnp.sum(apply(*given) * cotangent))
+        moved = lambda step: value(jax.tree.map(lambda a, d: a + step * d, at, along))  # noqa: E731
+        slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        gradient = jax.jit(jax.grad(value))(at)
+        backward = sum(np.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (gradient, along)), strict=True))
+        forward = jax.jit(lambda: jax.jvp(value, (at,), (along,))[1])()
+    np.testing.assert_allclose([backward, forward], slope, rtol=1e-6)
+
+
+def feed_forward(activation):
+    config = mlp.Config(d_model=D, activation=activation)
+    return partial(mlp.apply, config=config), random_params(mlp.init_params, config)
 
 
 def lm_shapes(config=LM):
