@@ -149,17 +149,13 @@ def _heads(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> t
     sums = [jnp.sum(a, axis=-1) for a in arrays]  # they may overflow, then it is looked at twice
     sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in sums]))
 
-    def one_example(given: Any) -> tuple[Array, Array]:
-        q, k, v, bound = given
-        bad_q, bad_k, bad_v = (jnp.any(~jnp.isfinite(a), axis=-1) for a in (q, k, v))
-        spoilt = jnp.any((bad_q[..., None] | (bad_k | bad_v)[..., None, :]) & (bound > 0), axis=-1)
-        heads = _products(scale, _heal(q), _heal(k), _heal(v), bound)
-        return jnp.where(spoilt[..., None], jnp.nan, heads), spoilt
-
     def looked_at() -> tuple[Array, Array]:
-        by_example = [a.reshape(*shape[:2], *a.shape[1:]) for a in jax.lax.optimization_barrier(arrays)]
-        heads, spoilt = jax.lax.map(one_example, (*by_example, jnp.broadcast_to(bound, (shape[0], *bound.shape[1:]))))
-        return _flat(heads), _flat(spoilt)
+        bad_q, bad_k, bad_v = (
+            jnp.any(~jnp.isfinite(a), axis=-1).reshape(*shape[:2], -1) for a in jax.lax.optimization_barrier(arrays)
+        )
+        spoilt = jnp.any((bad_q[..., None] | (bad_k | bad_v)[..., None, :]) & (bound > 0), axis=-1)
+        heads = _products(scale, *(_heal(a) for a in arrays), bound)  # as it is otherwise, so that no bit is another
+        return jnp.where(_flat(spoilt)[..., None], jnp.nan, heads), _flat(spoilt)
 
     nobody = jnp.broadcast_to(~sound, arrays[0].shape[:-1])  # not zeros: it varies over devices as the rest does
     heads, spoilt = jax.lax.cond(sound, lambda: (_products(scale, *arrays, bound), nobody), looked_at)
