@@ -195,7 +195,7 @@ def test_gradients_a_few_heads_at_a_time(name, heads, hv, monkeypatch):
     """With values as wide as keys one takes the place of the other; 4 heads at a time are 3, which divides the 6."""
     monkeypatch.setattr(fused, "_ROWS", heads * ROWS)
     monkeypatch.setattr(fused, "_PAIRS", 0)
-    assert fused._fitting(ITEMS, heads) == {1: 1, 4: 3, 99: 6}[heads]
+    assert fused.fitting(ITEMS, heads) == {1: 1, 4: 3, 99: 6}[heads]
     mask = MASKS[name][0]
     got, expected = (
         parity.quick(with_gradient(attend(kernel, mask)))(*given(B, hv=hv)) for kernel in ("fused", "dense")

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import precision
-from mhajax.kernels import grid
+from mhajax.kernels import finite, grid
 from mhajax.kernels.grid import Context, Operands, Static, Tile, Tiling
 from mhajax.masks import Mask, Tokens
 
@@ -89,7 +89,7 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple:
     def one_chunk(index: Array) -> tuple[Array, Array]:
         chunk = grid.chunk_of(static, operands, index)
         if static.guarded:  # a value that is not finite is told by its key, and is 0 itself
-            values, bad = _heal(chunk.v)
+            values, bad = finite.healed(chunk.v)
             chunk = chunk._replace(k=jnp.where(bad[..., None], jnp.nan, chunk.k), v=values)
         q = grid.of_chunk(static, operands.q, chunk)
 
@@ -100,7 +100,7 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple:
                 k, v = (grid.cut(a, 1, tile.column, columns) for a in (chunk.k, chunk.v))
                 sound, reach = asking, None
                 if static.guarded and tile.masked:
-                    (sound, bad_queries), (k, bad_keys) = _heal(asking), _heal(k)
+                    (sound, bad_queries), (k, bad_keys) = finite.healed(asking), finite.healed(k)
                     reach = jnp.where(bad_queries[:, :, None] | bad_keys[:, None, :], jnp.nan, jnp.inf)
                 raw = precision.einsum("cth,csh->cts", sound, k) * static.scale
                 bias = grid.bias_of(static, operands.bias, tile)
@@ -154,7 +154,7 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple[Operands
         chunk = grid.chunk_of(static, operands, index)
         q, *others = (grid.of_chunk(static, a, chunk) for a in (operands.q, d_out, log_sums, delta))
         if static.guarded:
-            q, chunk = _heal(q)[0], chunk._replace(k=_heal(chunk.k)[0], v=_heal(chunk.v)[0])
+            q, chunk = finite.healed(q)[0], chunk._replace(k=finite.healed(chunk.k)[0], v=finite.healed(chunk.v)[0])
 
         def one_row(state: tuple, row: Array) -> tuple[tuple, Array]:
             asking, d_asked, log_sum, lost = (grid.cut(a, 1, row, rows) for a in (q, *others))
@@ -215,12 +215,6 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple[Operands
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _heal(rows: Array) -> tuple[Array, Array]:
-    """Tokens [c, t, H] with 0 in place of what is not finite, and which had any, [c, t]."""
-    finite = jnp.isfinite(rows)
-    return jnp.where(finite, rows, 0), ~jnp.all(finite, axis=-1)
 
 
 def _joined(tiles: Array) -> Array:

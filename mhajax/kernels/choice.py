@@ -11,7 +11,7 @@ import numpy as np
 
 from mhajax import masks
 from mhajax.kernels import cudnn, fused
-from mhajax.kernels.grid import Tiling
+from mhajax.kernels.grid import Tiling, fitting
 from mhajax.masks import Mask, Tokens
 
 NAMES = ("dense", "fused", "blockwise", "cudnn", "splash")
@@ -220,15 +220,9 @@ def _tiling(request: Request) -> Tiling:
     else:  # fill the machine: all heads at once, as far as their logits stay below 256 MiB
         rows, columns = _even(length, 512), _even(num_keys, 512)
         room = max(1, 2**26 // (rows * columns))
-    return Tiling(_fitting(request.items, request.group, room), rows, columns)
+    return Tiling(fitting(request.items, room, request.group), rows, columns)
 
 
 def _even(size: int, most: int) -> int:
     """Size of the fewest equal parts of at most so many tokens."""
     return -(-size // -(-size // most))
-
-
-def _fitting(items: int, group: int, most: int) -> int:
-    """The largest number up to `most` that divides the items, and the group or is a multiple of it."""
-    fits = [n for n in range(1, min(items, most) + 1) if items % n == 0 and (group % n == 0 or n % group == 0)]
-    return max(fits, default=1)

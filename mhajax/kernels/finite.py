@@ -43,12 +43,13 @@ def guarded(product: Callable[[Array, Array], Array]) -> Callable[[Array, Array]
 
 def heal(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array, Spoilt]:
     """q, k and v with 0 in place of NaN and Inf, and where there were any."""
-    (q, queries), (k, keys), (v, values) = map(_heal, (q, k, v))
+    (q, queries), (k, keys), (v, values) = map(healed, (q, k, v))
     keys = jnp.repeat(keys | values, q.shape[-3] // k.shape[-3], axis=-2)
     return q, k, v, Spoilt(queries, keys)
 
 
-def _heal(rows: Array) -> tuple[Array, Array]:
+def healed(rows: Array) -> tuple[Array, Array]:
+    """Tokens [..., t, H] with 0 in place of what is not finite, and which had any, [..., t]."""
     finite = jnp.isfinite(rows)
     return jnp.where(finite, rows, 0), ~jnp.all(finite, axis=-1)
 

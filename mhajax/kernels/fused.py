@@ -23,7 +23,9 @@ from jax import Array
 from jax.custom_batching import custom_vmap
 
 from mhajax import precision
+from mhajax.kernels import finite
 from mhajax.kernels.dense import full_rank
+from mhajax.kernels.grid import fitting
 from mhajax.masks import Mask, Tokens
 
 MOST_KEYS = 256  # of more keys the library writes the logits of all heads down
@@ -150,11 +152,10 @@ def _heads(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> t
     sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in sums]))
 
     def looked_at() -> tuple[Array, Array]:
-        bad_q, bad_k, bad_v = (
-            jnp.any(~jnp.isfinite(a), axis=-1).reshape(*shape[:2], -1) for a in jax.lax.optimization_barrier(arrays)
-        )
-        spoilt = jnp.any((bad_q[..., None] | (bad_k | bad_v)[..., None, :]) & (bound > 0), axis=-1)
-        heads = _products(scale, *(_heal(a) for a in arrays), bound)  # as it is otherwise, so that no bit is another
+        (q, bad_q), (k, bad_k), (v, bad_v) = map(finite.healed, arrays)
+        of_queries, of_keys = (a.reshape(*shape[:2], -1) for a in (bad_q, bad_k | bad_v))
+        spoilt = jnp.any((of_queries[..., None] | of_keys[..., None, :]) & (bound > 0), axis=-1)
+        heads = _products(scale, q, k, v, bound)  # by the same program as below, so that no bit is another
         return jnp.where(_flat(spoilt)[..., None], jnp.nan, heads), _flat(spoilt)
 
     nobody = jnp.broadcast_to(~sound, arrays[0].shape[:-1])  # not zeros: it varies over devices as the rest does
@@ -165,10 +166,6 @@ def _heads(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> t
 def _flat(a: Array) -> Array:
     """[B, K, …] to [B·K, …]. Forward and backward pass do it alike, or the compiler lays out an array for each."""
     return a.reshape(-1, *a.shape[2:])
-
-
-def _heal(a: Array) -> Array:
-    return jnp.where(jnp.isfinite(a), a, 0)
 
 
 def _products(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> Array:
@@ -198,7 +195,7 @@ def _gradients(
     """Those of q, k and v; a few heads at a time. A query that is spoilt passes none."""
     batch, num_heads, length, _ = q.shape
     items = batch * num_heads
-    some = items if items * length * k.shape[-2] <= _PAIRS else _fitting(items, max(1, _ROWS // length))
+    some = items if items * length * k.shape[-2] <= _PAIRS else fitting(items, max(1, _ROWS // length))
 
     chunk = lambda a, i: jax.lax.dynamic_slice_in_dim(a, i * some, some)  # noqa: E731
     put = lambda a, i, d: jax.lax.dynamic_update_slice_in_dim(a, d.astype(a.dtype), i * some, 0)  # noqa: E731
@@ -213,7 +210,7 @@ def _gradients(
         asking, keys, values, d_out = (chunk(a, i) for a in (flat_q, keys, values, flat_d))
         of_chunk = None
         if spoilt is not None and bound is not None:
-            asking, keys, values = map(_heal, (asking, keys, values))
+            asking, keys, values = (finite.healed(a)[0] for a in (asking, keys, values))
             d_out = jnp.where(chunk(_flat(spoilt), i)[..., None], 0, d_out)
             of_chunk = _bound_of(bound, i * some + jnp.arange(some), num_heads)
         gradients = _of_chunk(scale, asking, keys, values, d_out, of_chunk)
@@ -259,8 +256,3 @@ def _each(factor: float, a: Array) -> Array:
     """
     wide = a.astype(jnp.promote_types(a.dtype, jnp.float32))
     return jnp.max(wide * 0 + factor, axis=-1, keepdims=True)
-
-
-def _fitting(items: int, most: int) -> int:
-    """The largest number up to `most` that divides the items."""
-    return max(n for n in range(1, min(items, most) + 1) if items % n == 0)

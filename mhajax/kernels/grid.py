@@ -33,6 +33,12 @@ class Tiling(NamedTuple):
     columns: int
 
 
+def fitting(items: int, most: int, group: int = 1) -> int:
+    """The largest number up to `most` that divides the items, and the group or is a multiple of it."""
+    fits = [n for n in range(1, min(items, most) + 1) if items % n == 0 and (group % n == 0 or n % group == 0)]
+    return max(fits, default=1)
+
+
 class Static(NamedTuple):
     """What the compiled program depends on, besides shapes."""
 
