@@ -255,7 +255,7 @@ def test_inside_shard_map_what_varies_over_devices_is_known():
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older compilers write the logits down")
 @pytest.mark.parametrize("mask", [None, masks.causal()], ids=["all", "causal"])
 def test_the_logits_of_all_heads_are_not_written_down(mask, full_compiles):
-    batch, num_heads, length, width = 16, 8, 128, 16
+    batch, num_heads, length, width = 16, 8, 256, 16
     heads = jax.ShapeDtypeStruct((batch, num_heads, length, width), jnp.float32)
     needed = {
         kernel: full_compiles(attend(kernel, mask)).lower(heads, heads, heads).compile().memory_analysis()

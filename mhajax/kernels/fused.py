@@ -154,7 +154,13 @@ def _heads(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> t
     def looked_at() -> tuple[Array, Array]:
         (q, bad_q), (k, bad_k), (v, bad_v) = map(finite.healed, arrays)
         of_queries, of_keys = (a.reshape(*shape[:2], -1) for a in (bad_q, bad_k | bad_v))
-        spoilt = jnp.any((of_queries[..., None] | of_keys[..., None, :]) & (bound > 0), axis=-1)
+
+        def reached(given: Any) -> Array:
+            queries, keys, bound = given
+            return jnp.any((queries[..., None] | keys[..., None, :]) & (bound > 0), axis=-1)
+
+        bounds = jnp.broadcast_to(bound, (shape[0], *bound.shape[1:]))
+        spoilt = jax.lax.map(reached, (of_queries, of_keys, bounds))  # the pairs of one example at a time
         heads = _products(scale, q, k, v, bound)  # by the same program as below, so that no bit is another
         return jnp.where(_flat(spoilt)[..., None], jnp.nan, heads), _flat(spoilt)
 
