@@ -156,11 +156,12 @@ def _heads(scale: float, q: Array, k: Array, v: Array, bound: Array | None) -> t
         of_queries, of_keys = (a.reshape(*shape[:2], -1) for a in (bad_q, bad_k | bad_v))
 
         def reached(given: Any) -> Array:
-            queries, keys, bound = given
-            return jnp.any((queries[..., None] | keys[..., None, :]) & (bound > 0), axis=-1)
+            example, queries, keys = given
+            seen = bound[example if bound.shape[0] > 1 else 0] > 0
+            return jnp.any((queries[..., None] | keys[..., None, :]) & seen, axis=-1)
 
-        bounds = jnp.broadcast_to(bound, (shape[0], *bound.shape[1:]))
-        spoilt = jax.lax.map(reached, (of_queries, of_keys, bounds))  # the pairs of one example at a time
+        # The pairs of one example at a time.
+        spoilt = jax.lax.map(reached, (jnp.arange(shape[0]), of_queries, of_keys))
         heads = _products(scale, q, k, v, bound)  # by the same program as below, so that no bit is another
         return jnp.where(_flat(spoilt)[..., None], jnp.nan, heads), _flat(spoilt)
 
