@@ -177,7 +177,8 @@ def test_under_vmap_the_branch_that_is_hardly_taken_stays_one():
     text = jax.jit(jax.vmap(attend(mask=masks.causal()))).lower(*arrays).as_text()
     many = jax.jit(jax.vmap(jax.vmap(one_by_lengths))).lower(*given(2, 5, B), np.ones((2, 5, B), int)).as_text()
     q, k, v = arrays[0].reshape(5, B, K, ROWS, H), *arrays[1:]
-    plain = jax.jit(jax.vmap(partial(fused._heads, 1.0))).lower(q, k, v, bound[:, :, :, :1].repeat(ROWS, 3)).as_text()
+    heads = partial(fused._heads, 1.0, (fused.Band(0, ROWS, 0, S),))
+    plain = jax.jit(jax.vmap(heads)).lower(q, k, v, bound[:, :, :, :1].repeat(ROWS, 3)).as_text()
     assert [t.count("stablehlo.case") for t in (text, many, plain)] == [1, 1, 0]
 
 
@@ -193,8 +194,7 @@ def one_by_lengths(q, k, v, length):
 @pytest.mark.parametrize("name", MASKS)
 def test_gradients_a_few_heads_at_a_time(name, heads, hv, monkeypatch):
     """With values as wide as keys one takes the place of the other; 4 heads at a time are 3, which divides the 6."""
-    monkeypatch.setattr(fused, "_ROWS", heads * ROWS)
-    monkeypatch.setattr(fused, "_PAIRS", 0)
+    monkeypatch.setattr(fused, "_PAIRS", heads * ROWS * S)
     assert fused.fitting(ITEMS, heads) == {1: 1, 4: 3, 99: 6}[heads]
     mask = MASKS[name][0]
     got, expected = (
@@ -206,8 +206,7 @@ def test_gradients_a_few_heads_at_a_time(name, heads, hv, monkeypatch):
 @pytest.mark.parametrize("hv", [H, HV])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_dtypes_a_few_heads_at_a_time(dtype, hv, monkeypatch):
-    monkeypatch.setattr(fused, "_ROWS", 2 * ROWS)
-    monkeypatch.setattr(fused, "_PAIRS", 0)
+    monkeypatch.setattr(fused, "_PAIRS", 2 * ROWS * S)
     case: Case = masked(*MASKS["lengths, one of them 0"], sizes=Sizes(B, N, K, T, S, H, hv), dtype=dtype)
     parity.against_loops(parity.Path("fused", Tiling(B * N, T, S)), case)
 
@@ -215,8 +214,7 @@ def test_other_dtypes_a_few_heads_at_a_time(dtype, hv, monkeypatch):
 @pytest.mark.parametrize("name", ["none", "by example [B, 1, T, S]"])
 def test_the_gradient_of_a_gradient(name, monkeypatch):
     """Also under vmap. Forward mode there is none."""
-    monkeypatch.setattr(fused, "_ROWS", 2 * ROWS)
-    monkeypatch.setattr(fused, "_PAIRS", 0)
+    monkeypatch.setattr(fused, "_PAIRS", 2 * ROWS * S)
 
     def second(kernel):
         """Of a sum over the gradients."""
@@ -247,6 +245,87 @@ def test_inside_shard_map_what_varies_over_devices_is_known():
 
     spread = jax.shard_map(both, mesh=mesh, in_specs=(cut,) * 3, out_specs=(cut,) * 4)
     assert_close(parity.quick(spread)(*given(B)), parity.quick(both)(*given(B)))
+
+
+# Queries in bands, and in blocks --------------------------------------------------------------------------------------
+
+ROW_BY_ROW = np.arange(T)[:, None] > np.array([2, 4, 4, 5, 5, 5, 5, 5, 5, 5, 9])  # the first band sees little
+NOTHING_YET = np.arange(T)[:, None] * np.ones(S) > 3  # the first band sees nothing
+IN_BANDS = {
+    "none": None,
+    "causal": masks.causal(),
+    "window": masks.window(2, 1),
+    "lengths, one of them 0": MASKS["lengths, one of them 0"][0],
+    "by head": masks.per_head(HEADS[:K]),
+    "by example": masks.per_example(EXAMPLES & CAUSAL),
+    "row by row": masks.dense(ROW_BY_ROW),
+    "nothing at first": masks.dense(NOTHING_YET),
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Bands of at most 4 queries, blocks of at most 2, the last of them padded; 2 heads at a time."""
+    for name, value in {"_LEAST_ROWS": 1, "TASK": 3, "_BLOCK": 2, "_BAND": 3, "_RUN": 4, "_PAIRS": 2 * 4 * S}.items():
+        monkeypatch.setattr(fused, name, value)
+
+
+def ungrouped(*leading):
+    return tuple(numbers(i, *leading, K, *shape) for i, shape in enumerate([(T, H), (S, H), (S, HV)]))
+
+
+def cut(mask, items=6, group=1, t=T, s=S):
+    return [tuple(band) for band in fused.bands(mask, masks.tokens(t), masks.tokens(s), items, group)]
+
+
+def test_a_band_has_the_keys_that_its_queries_may_see(small):
+    assert cut(IN_BANDS["none"]) == [(0, 7, 0, 11)]
+    assert cut(IN_BANDS["causal"]) == [(0, 4, 0, 4), (4, 7, 0, 8)]
+    assert cut(IN_BANDS["window"]) == [(0, 7, 0, 8)]  # twice the same keys are one band
+    assert cut(IN_BANDS["lengths, one of them 0"]) == [(0, 7, 0, 11)]
+    assert cut(IN_BANDS["row by row"]) == [(0, 4, 0, 4), (4, 7, 0, 11)]
+    assert cut(IN_BANDS["nothing at first"]) == [(0, 4, 0, 4), (4, 7, 0, 11)]
+    assert cut(IN_BANDS["causal"], group=2) == [(0, 14, 0, 11)]
+    assert cut(masks.window(1), t=16, s=16) == [(0, 4, 0, 4), (4, 8, 0, 8), (8, 12, 4, 12), (12, 16, 8, 16)]
+
+
+def test_bands_are_high_enough_for_all_heads_together():
+    heights = {items: cut(masks.causal(), items, t=1024, s=1024)[0][1] for items in (1, 8, 16, 100)}
+    assert heights == {1: 1024, 8: 512, 16: 256, 100: 128}
+    assert fused.compared(fused.bands(masks.causal(), masks.tokens(512), masks.tokens(512), 32)) == 320
+
+
+@pytest.mark.parametrize("name", IN_BANDS)
+def test_in_bands_it_is_the_same(name, small):
+    got, expected = (
+        parity.quick(with_gradient(attend(kernel, IN_BANDS[name])))(*ungrouped(B)) for kernel in ("fused", "dense")
+    )
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["causal", "by example", "row by row"])
+def test_in_bands_too_what_is_not_finite_stays_where_it_is_seen(name, small):
+    q, k, v = ungrouped(B)
+    k[1, 1, 3, 0], v[0, 0, 4, 2] = np.nan, np.inf
+    got, expected = (parity.quick(attend(kernel, IN_BANDS[name]))(q, k, v) for kernel in ("fused", "dense"))
+    clean = parity.quick(attend("fused", IN_BANDS[name]))(*ungrouped(B))
+    hit = np.isnan(got).any(-1)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    np.testing.assert_array_equal(np.asarray(got)[~hit], np.asarray(clean)[~hit])
+    assert hit.any() and not hit.all()
+
+
+def test_in_bands_axes_are_mapped_and_gradients_have_gradients(small):
+    def penalty(kernel, length, *heads):
+        mask = masks.causal() & masks.lengths(length)
+        gradients = jax.grad(lambda *heads: jnp.sum(jnp.sin(attend(kernel, mask)(*heads))), (0, 1, 2))(*heads)
+        return sum(jnp.sum(jnp.sin(g)) for g in gradients)
+
+    second = lambda kernel: jax.vmap(jax.grad(partial(penalty, kernel), (1, 2, 3)))  # noqa: E731
+    given = np.array([[9, 0], [3, 11]]), *ungrouped(2, B)
+    got, expected = (parity.quick(second(kernel))(*given) for kernel in ("fused", "dense"))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
 
 
 # What the compiler makes of it with all its optimisations -----------------------------------------------------------

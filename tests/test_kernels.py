@@ -138,6 +138,7 @@ def request(platform="cpu", b=1, n=8, t=4096, s=4096, h=64, dtype=jnp.float32, *
     return choice.Request(platform, *heads, **given | options)
 
 
+LENGTHS = np.array([512, 3, 4, 5])
 HALF = {"dtype": jnp.bfloat16}
 CHOICES = {
     "long": (request(), "blockwise"),
@@ -147,7 +148,14 @@ CHOICES = {
     "short, many logits": (request(t=16, s=16, mask=masks.causal()), "fused"),
     "short, few logits": (request(t=15, s=17), "dense"),
     "256 keys": (request(t=256, s=256, dtype=jnp.bfloat16), "fused"),
-    "257 keys": (request(t=256, s=257), "blockwise"),
+    "257 keys": (request(b=4, t=256, s=257), "fused"),
+    "257 keys, few queries": (request(t=256, s=257), "blockwise"),
+    "384 keys": (request(b=4, t=384, s=384), "fused"),
+    "385 keys": (request(b=4, t=385, s=385), "blockwise"),
+    "512 keys, half of them hidden": (request(b=4, t=512, s=512, mask=masks.causal()), "fused"),
+    "512 keys, one example sees all": (request(b=4, t=512, s=512, mask=masks.lengths(LENGTHS)), "blockwise"),
+    "1024 keys, half of them hidden": (request(b=4, t=1024, s=1024, mask=masks.causal()), "blockwise"),
+    "1024 keys, most of them hidden": (request(b=4, t=1024, s=1024, mask=masks.window(64)), "fused"),
     "256 keys, too many queries": (request(t=4097, s=256), "blockwise"),
     "256 keys, bias": (request(t=256, s=256, bias=True), "blockwise"),
     "256 keys, score": (request(t=256, s=256, score=True), "blockwise"),
@@ -192,7 +200,7 @@ def test_the_choice_prints_itself():
         *(f"not {name}: {why}" for name, why in chosen.others.items()),
     ]  # fmt: skip
     assert chosen.others["cudnn"] == "cuDNN needs an NVIDIA GPU" and chosen.others["splash"].endswith("needs a TPU")
-    assert chosen.others["fused"] == "fused rows are for up to 256 keys, not 4096"
+    assert chosen.others["fused"] == "a head has 4096 × 4096 logits, fused rows are for up to 1048576"
     assert str(kernels.explain(*heads, cached=True)).splitlines()[0] == (
         "dense: a cache is read by the dense path, which does not copy it"
     )
@@ -207,6 +215,15 @@ def test_the_choice_says_why_it_is_fused_and_why_not():
         "not cudnn: cuDNN needs an NVIDIA GPU",
         "not splash: splash attention needs a TPU",
     ]
+    many = [jax.ShapeDtypeStruct((4, 8, 512, 64), jnp.float32)] * 3
+    assert str(kernels.explain(*many, platform="cpu", mask=masks.causal())).splitlines()[1] == (
+        "  in bands of queries, which leave 62% of the pairs"
+    )
+    reason = "fused rows are for queries that are compared with up to 384 keys, not 512"
+    assert kernels.explain(*many, platform="cpu").others["fused"] == reason
+    few = [jax.ShapeDtypeStruct((1, 8, 300, 64), jnp.float32)] * 3
+    reason = "there are 8 heads of 300 queries, fused rows of 300 keys want more"
+    assert kernels.explain(*few, platform="cpu").others["fused"] == reason
     between = "comes between the products, which are not fused then"
     asked = {
         f"a bias {between}": {"bias": np.zeros((128, 128))},
@@ -349,7 +366,7 @@ def test_the_memory_of_the_dense_path_does_not():
 
 @pytest.mark.parametrize("name", COSTS)
 def test_the_program_does_not_grow_with_length(name):
-    short, long = (len(lowered(t, **COSTS[name]).as_text().splitlines()) for t in (4096, 16384))
+    short, long = (len(lowered(t, **COSTS[name]).as_text().splitlines()) for t in (8192, 32768))
     assert short == long
 
 

@@ -94,7 +94,7 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple:
         q = grid.of_chunk(static, operands.q, chunk)
 
         def one_row(row: Array) -> tuple[Array, Array]:
-            asking = grid.cut(q, 1, row, rows)
+            asking, rest = grid.scaled(static, grid.cut(q, 1, row, rows))
 
             def visited(tile: Tile, state: tuple | None) -> tuple:
                 k, v = (grid.cut(a, 1, tile.column, columns) for a in (chunk.k, chunk.v))
@@ -102,7 +102,7 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple:
                 if static.guarded and tile.masked:
                     (sound, bad_queries), (k, bad_keys) = finite.healed(asking), finite.healed(k)
                     reach = jnp.where(bad_queries[:, :, None] | bad_keys[:, None, :], jnp.nan, jnp.inf)
-                raw = precision.einsum("cth,csh->cts", sound, k) * static.scale
+                raw = precision.einsum("cth,csh->cts", sound, k) * rest
                 bias = grid.bias_of(static, operands.bias, tile)
                 logits = grid.logits(static, context, tile, raw, bias, operands.constants, reach)
                 top = jnp.max(logits, axis=-1)
@@ -160,11 +160,12 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple[Operands
             asking, d_asked, log_sum, lost = (grid.cut(a, 1, row, rows) for a in (q, *others))
             # A product whose left side is transposed is slow on CPU: turn the thin side, not the weights.
             turned = jax.lax.optimization_barrier(tuple(jnp.swapaxes(a, 1, 2) for a in (asking, d_asked)))
+            asking, rest = grid.scaled(static, asking)
 
             def visited(tile: Tile, state: tuple) -> tuple:
                 d_k, d_v, (d_bias, d_constants), d_q = state
                 k, v = (grid.cut(a, 1, tile.column, columns) for a in (chunk.k, chunk.v))
-                raw = precision.einsum("cth,csh->cts", asking, k) * static.scale
+                raw = precision.einsum("cth,csh->cts", asking, k) * rest
                 bias = grid.bias_of(static, operands.bias, tile)
                 logits = partial(grid.logits, static, context, tile)
                 d_logits_to_raw = None

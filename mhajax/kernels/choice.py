@@ -52,10 +52,12 @@ class Choice(NamedTuple):
     tiling: Tiling | None
     why: str
     others: dict[str, str]
-    visited: float | None  # share of the tiles that the mask does not rule out, as far as it is known
+    visited: float | None  # share of the tiles, or of the pairs, that the mask does not rule out, as far as it is known
 
     def __str__(self) -> str:
         lines = [f"{self.kernel}: {self.why}"]
+        if self.kernel == "fused" and self.visited != 1:
+            lines.append(f"  in bands of queries, which leave {self.visited:.0%} of the pairs")
         if self.tiling is not None:
             items, rows, columns = self.tiling
             share = "" if self.visited is None else f"; {self.visited:.0%} of the tiles are visited"
@@ -95,6 +97,8 @@ def choose(request: Request, kernel: str = "auto") -> Choice:
         tiling = _tiling(request)
         some, _ = masks.known_tiles(request.mask, request.queries, request.keys, tiling.rows, tiling.columns)
         visited = float(np.mean(some))
+    if wanted == "fused":
+        visited = _compared(request) / max(request.k.shape[-2], 1)
     return Choice(wanted, tiling, why, others, visited)
 
 
@@ -111,15 +115,24 @@ def _absence(name: str, request: Request) -> str:
         return "fused rows are for a CPU"
     if name == "fused" and request.spread:
         return "the compiler would gather what is cut over devices: call it inside shard_map"
-    if name == "fused" and not 0 < num_keys <= fused.MOST_KEYS:
-        return f"fused rows are for up to {fused.MOST_KEYS} keys, not {num_keys}"
     if name == "fused" and length * num_keys > fused.MOST_PAIRS:
         return f"a head has {length} × {num_keys} logits, fused rows are for up to {fused.MOST_PAIRS}"
+    if name == "fused" and length and num_keys > fused.TASK:
+        if request.items * length < fused.MANY_ROWS:
+            return f"there are {request.items} heads of {length} queries, fused rows of {num_keys} keys want more"
+        if (compared := _compared(request)) > fused.MOST_KEYS:
+            return f"fused rows are for queries that are compared with up to {fused.MOST_KEYS} keys, not {compared:.0f}"
     if name == "splash" and request.platform != "tpu":
         return "splash attention needs a TPU"
     if name == "splash" and request.spread:
         return "the compiler cannot partition splash attention between devices: call it inside shard_map"
     return ""
+
+
+def _compared(request: Request) -> float:
+    """Keys that the fused path compares a query with, in the mean."""
+    cut = fused.bands(request.mask, request.queries, request.keys, request.items // request.group, request.group)
+    return fused.compared(cut)
 
 
 def _refusal(name: str, request: Request) -> str:
@@ -215,8 +228,9 @@ def _preferred(request: Request, refused: dict[str, str]) -> tuple[str, str]:
 def _tiling(request: Request) -> Tiling:
     length, num_keys = request.q.shape[-2], request.k.shape[-2]
     if request.platform == "cpu":
-        rows, columns = _even(length, 1024 if request.mask is None else 512), _even(num_keys, 512)
-        room = max(1, 2**16 // (rows * columns)) if length == rows else 1  # 256 KiB of logits at a time
+        rows, columns = _even(length, 2048 if request.mask is None else 512), _even(num_keys, 512)
+        # Small products stay in the cache, 256 KiB of logits at a time; large ones are worth waking both cores for.
+        room = max(1, (2**16 if max(rows, columns) <= 256 else 2**19) // (rows * columns))
     else:  # fill the machine: all heads at once, as far as their logits stay below 256 MiB
         rows, columns = _even(length, 512), _even(num_keys, 512)
         room = max(1, 2**26 // (rows * columns))

@@ -208,6 +208,13 @@ def cut(array: Array, axis: int, index: Array, size: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
 
+def scaled(static: Static, q: Array) -> tuple[Array, float]:
+    """The queries times the scale, and what is left of it for the logits: nothing, unless the queries are narrow."""
+    if q.dtype.itemsize < 4:
+        return q, static.scale
+    return jax.lax.optimization_barrier(q * static.scale), 1.0
+
+
 class Tile(NamedTuple):
     """Some queries and some keys of a chunk."""
 
