@@ -11,7 +11,7 @@ from parity_features import Case, Sizes, booleans, masked
 from reference import numbers
 
 from mhajax import kernels, masks
-from mhajax.kernels import Tiling, fused
+from mhajax.kernels import Tiling, bands, fused, fused_products, grid
 
 B, N, K, T, S, H, HV = 2, 6, 3, 7, 11, 5, 3
 ITEMS, ROWS = B * K, N // K * T  # what the backward pass goes through, and queries of each
@@ -59,11 +59,18 @@ def assert_close(got, expected):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.nanmax(np.abs(b)))
 
 
+@pytest.fixture(params=["kept", "computed again"])
+def weights(request, monkeypatch):
+    """Of so few keys they are kept for the backward pass, of more they are computed again."""
+    if request.param == "computed again":
+        monkeypatch.setattr(fused, "FEW_KEYS", 0)
+
+
 # What is not finite -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in MASKS if name != "none"])
-def test_what_is_not_finite_stays_where_it_is_seen(name):
+def test_what_is_not_finite_stays_where_it_is_seen(name, weights):
     mask, allowed = MASKS[name]
     seen = np.broadcast_to(allowed, (B, N, T, S))
     bad_q, bad_k, bad_v = given(B)
@@ -91,7 +98,7 @@ def test_what_is_not_finite_stays_where_it_is_seen(name):
 
 @pytest.mark.parametrize("name", ["lengths, one of them 0", "by head", "[B, N, T, S]"])
 @pytest.mark.parametrize("spoilt", [False, True])
-def test_a_query_that_sees_nothing_gives_zeros(name, spoilt):
+def test_a_query_that_sees_nothing_gives_zeros(name, spoilt, weights):
     mask, allowed = MASKS[name]
     seen = np.broadcast_to(allowed, (B, N, T, S))
     q, k, v = given(B)
@@ -177,7 +184,7 @@ def test_under_vmap_the_branch_that_is_hardly_taken_stays_one():
     text = jax.jit(jax.vmap(attend(mask=masks.causal()))).lower(*arrays).as_text()
     many = jax.jit(jax.vmap(jax.vmap(one_by_lengths))).lower(*given(2, 5, B), np.ones((2, 5, B), int)).as_text()
     q, k, v = arrays[0].reshape(5, B, K, ROWS, H), *arrays[1:]
-    heads = partial(fused._heads, 1.0, (fused.Band(0, ROWS, 0, S),))
+    heads = partial(fused._heads, 1.0, (bands.Band(0, ROWS, 0, S),))
     plain = jax.jit(jax.vmap(heads)).lower(q, k, v, bound[:, :, :, :1].repeat(ROWS, 3)).as_text()
     assert [t.count("stablehlo.case") for t in (text, many, plain)] == [1, 1, 0]
 
@@ -194,8 +201,9 @@ def one_by_lengths(q, k, v, length):
 @pytest.mark.parametrize("name", MASKS)
 def test_gradients_a_few_heads_at_a_time(name, heads, hv, monkeypatch):
     """With values as wide as keys one takes the place of the other; 4 heads at a time are 3, which divides the 6."""
-    monkeypatch.setattr(fused, "_PAIRS", heads * ROWS * S)
-    assert fused.fitting(ITEMS, heads) == {1: 1, 4: 3, 99: 6}[heads]
+    monkeypatch.setattr(fused, "FEW_KEYS", 0)
+    monkeypatch.setattr(fused_products, "_PAIRS", heads * ROWS * S)
+    assert grid.fitting(ITEMS, heads) == {1: 1, 4: 3, 99: 6}[heads]
     mask = MASKS[name][0]
     got, expected = (
         parity.quick(with_gradient(attend(kernel, mask)))(*given(B, hv=hv)) for kernel in ("fused", "dense")
@@ -205,16 +213,16 @@ def test_gradients_a_few_heads_at_a_time(name, heads, hv, monkeypatch):
 
 @pytest.mark.parametrize("hv", [H, HV])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_other_dtypes_a_few_heads_at_a_time(dtype, hv, monkeypatch):
-    monkeypatch.setattr(fused, "_PAIRS", 2 * ROWS * S)
+def test_other_dtypes_a_few_heads_at_a_time(dtype, hv, weights, monkeypatch):
+    monkeypatch.setattr(fused_products, "_PAIRS", 2 * ROWS * S)
     case: Case = masked(*MASKS["lengths, one of them 0"], sizes=Sizes(B, N, K, T, S, H, hv), dtype=dtype)
     parity.against_loops(parity.Path("fused", Tiling(B * N, T, S)), case)
 
 
 @pytest.mark.parametrize("name", ["none", "by example [B, 1, T, S]"])
-def test_the_gradient_of_a_gradient(name, monkeypatch):
+def test_the_gradient_of_a_gradient(name, weights, monkeypatch):
     """Also under vmap. Forward mode there is none."""
-    monkeypatch.setattr(fused, "_PAIRS", 2 * ROWS * S)
+    monkeypatch.setattr(fused_products, "_PAIRS", 2 * ROWS * S)
 
     def second(kernel):
         """Of a sum over the gradients."""
@@ -266,16 +274,19 @@ IN_BANDS = {
 @pytest.fixture
 def small(monkeypatch):
     """Bands of at most 4 queries, blocks of at most 2, the last of them padded; 2 heads at a time."""
-    for name, value in {"_LEAST_ROWS": 1, "TASK": 3, "_BLOCK": 2, "_BAND": 3, "_RUN": 4, "_PAIRS": 2 * 4 * S}.items():
-        monkeypatch.setattr(fused, name, value)
+    for name, value in {"LEAST_ROWS": 1, "TASK": 3, "_BLOCK": 2, "_PAIRS": 2 * 4 * S}.items():
+        monkeypatch.setattr(fused_products, name, value)
+    for name, value in {"LEAST_ROWS": 1, "_HEIGHT": 3, "_RUN": 4}.items():
+        monkeypatch.setattr(bands, name, value)
+    monkeypatch.setattr(fused, "FEW_KEYS", 0)
 
 
-def ungrouped(*leading):
-    return tuple(numbers(i, *leading, K, *shape) for i, shape in enumerate([(T, H), (S, H), (S, HV)]))
+def ungrouped(*leading, hv=HV):
+    return tuple(numbers(i, *leading, K, *shape) for i, shape in enumerate([(T, H), (S, H), (S, hv)]))
 
 
 def cut(mask, items=6, group=1, t=T, s=S):
-    return [tuple(band) for band in fused.bands(mask, masks.tokens(t), masks.tokens(s), items, group)]
+    return [tuple(band) for band in bands.cut(mask, masks.tokens(t), masks.tokens(s), items, group)]
 
 
 def test_a_band_has_the_keys_that_its_queries_may_see(small):
@@ -292,13 +303,15 @@ def test_a_band_has_the_keys_that_its_queries_may_see(small):
 def test_bands_are_high_enough_for_all_heads_together():
     heights = {items: cut(masks.causal(), items, t=1024, s=1024)[0][1] for items in (1, 8, 16, 100)}
     assert heights == {1: 1024, 8: 512, 16: 256, 100: 128}
-    assert fused.compared(fused.bands(masks.causal(), masks.tokens(512), masks.tokens(512), 32)) == 320
+    assert bands.compared(bands.cut(masks.causal(), masks.tokens(512), masks.tokens(512), 32)) == 320
 
 
+@pytest.mark.parametrize("hv", [H, HV])
 @pytest.mark.parametrize("name", IN_BANDS)
-def test_in_bands_it_is_the_same(name, small):
+def test_in_bands_it_is_the_same(name, hv, small):
     got, expected = (
-        parity.quick(with_gradient(attend(kernel, IN_BANDS[name])))(*ungrouped(B)) for kernel in ("fused", "dense")
+        parity.quick(with_gradient(attend(kernel, IN_BANDS[name])))(*ungrouped(B, hv=hv))
+        for kernel in ("fused", "dense")
     )
     assert_close(got, expected)
 

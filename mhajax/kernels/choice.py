@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhajax import masks
-from mhajax.kernels import cudnn, fused
+from mhajax.kernels import bands, cudnn, fused
+from mhajax.kernels.fused_products import TASK
 from mhajax.kernels.grid import Tiling, fitting
 from mhajax.masks import Mask, Tokens
 
@@ -117,7 +118,7 @@ def _absence(name: str, request: Request) -> str:
         return "the compiler would gather what is cut over devices: call it inside shard_map"
     if name == "fused" and length * num_keys > fused.MOST_PAIRS:
         return f"a head has {length} × {num_keys} logits, fused rows are for up to {fused.MOST_PAIRS}"
-    if name == "fused" and length and num_keys > fused.TASK:
+    if name == "fused" and length and num_keys > TASK:
         if request.items * length < fused.MANY_ROWS:
             return f"there are {request.items} heads of {length} queries, fused rows of {num_keys} keys want more"
         if (compared := _compared(request)) > fused.MOST_KEYS:
@@ -131,8 +132,8 @@ def _absence(name: str, request: Request) -> str:
 
 def _compared(request: Request) -> float:
     """Keys that the fused path compares a query with, in the mean."""
-    cut = fused.bands(request.mask, request.queries, request.keys, request.items // request.group, request.group)
-    return fused.compared(cut)
+    items = request.items // request.group
+    return bands.compared(bands.cut(request.mask, request.queries, request.keys, items, request.group))
 
 
 def _refusal(name: str, request: Request) -> str:
