@@ -278,13 +278,13 @@ def test_a_linen_layer_decodes_from_its_own_cache():
 
 
 def test_a_linen_layer_needs_memory_that_grows_with_its_length():
-    long = jax.ShapeDtypeStruct((1, 2048, D), jnp.float32)
+    long = jax.ShapeDtypeStruct((1, 4096, D), jnp.float32)
 
     def needed(layer):
         loss = jax.grad(lambda variables, x: layer.apply(variables, x).sum())
         return jax.jit(loss).lower(VARIABLES, long).compile().memory_analysis().temp_size_in_bytes
 
-    logits = 4 * LAYER["num_heads"] * 2048**2
+    logits = 4 * LAYER["num_heads"] * 4096**2
     assert needed(linen_layer(attention_fn=linen.attention_fn)) < logits / 4 < logits <= needed(linen_layer())
 
 
