@@ -4,7 +4,7 @@ XLA's library for CPUs takes a product, the softmax and the product after it as 
 never writes the logits down and uses all cores, if there is nothing in between that it does not know: it knows minimum,
 maximum, exponential, sums, products and broadcasts, but no choice between two values. So a mask is a bound of +inf or
 -inf here, and there is no `where`. The backward pass writes the weights down, of a few heads at a time; for very few
-keys the forward pass does, since they are no larger than the queries then.
+keys the forward pass does, since they take about as much as the queries then.
 
 References:
   Dao et al. 2022, "FlashAttention", section 3.1, for the backward pass that computes the weights again; rows are whole
@@ -32,7 +32,7 @@ from mhajax.masks import Mask, Tokens
 MOST_KEYS = 384  # that a query is compared with; more are faster in tiles
 MANY_ROWS = 8192  # queries of all heads, from which on more than TASK keys are worth it
 MOST_PAIRS = 2**20  # logits of one head; the backward pass holds them
-FEW_KEYS = 64  # whose weights are kept for the backward pass: they are not larger than the queries
+FEW_KEYS = 64  # whose weights are kept for the backward pass: they take about as much as the queries
 
 
 def attend(
