@@ -61,9 +61,8 @@ def assert_close(got, expected):
 
 @pytest.fixture(params=["kept", "computed again"])
 def weights(request, monkeypatch):
-    """Of so few keys they are kept for the backward pass, of more they are computed again."""
-    if request.param == "computed again":
-        monkeypatch.setattr(fused, "FEW_KEYS", 0)
+    """Of few keys and wide heads they are kept for the backward pass, of others they are computed again."""
+    monkeypatch.setattr(fused, "_keeps", lambda k: request.param == "kept")
 
 
 # What is not finite -------------------------------------------------------------------------------------------------
@@ -201,7 +200,6 @@ def one_by_lengths(q, k, v, length):
 @pytest.mark.parametrize("name", MASKS)
 def test_gradients_a_few_heads_at_a_time(name, heads, hv, monkeypatch):
     """With values as wide as keys one takes the place of the other; 4 heads at a time are 3, which divides the 6."""
-    monkeypatch.setattr(fused, "FEW_KEYS", 0)
     monkeypatch.setattr(fused_products, "_PAIRS", heads * ROWS * S)
     assert grid.fitting(ITEMS, heads) == {1: 1, 4: 3, 99: 6}[heads]
     mask = MASKS[name][0]
@@ -243,6 +241,13 @@ def test_the_gradient_of_a_gradient(name, weights, monkeypatch):
         jax.eval_shape(jax.jacfwd(attend()), q, k, v)
 
 
+def test_weights_are_kept_where_they_are_not_larger_than_queries_and_that_is_faster():
+    kept = {
+        (s, h): fused._keeps(np.zeros((1, 1, s, h))) for s, h in [(64, 64), (33, 32), (32, 32), (100, 128), (16, 16)]
+    }
+    assert kept == {(64, 64): True, (33, 32): False, (32, 32): True, (100, 128): False, (16, 16): False}
+
+
 def test_inside_shard_map_what_varies_over_devices_is_known():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
     cut = jax.sharding.PartitionSpec("batch")
@@ -278,7 +283,6 @@ def small(monkeypatch):
         monkeypatch.setattr(fused_products, name, value)
     for name, value in {"LEAST_ROWS": 1, "_HEIGHT": 3, "_RUN": 4}.items():
         monkeypatch.setattr(bands, name, value)
-    monkeypatch.setattr(fused, "FEW_KEYS", 0)
 
 
 def ungrouped(*leading, hv=HV):

@@ -4,7 +4,7 @@ XLA's library for CPUs takes a product, the softmax and the product after it as 
 never writes the logits down and uses all cores, if there is nothing in between that it does not know: it knows minimum,
 maximum, exponential, sums, products and broadcasts, but no choice between two values. So a mask is a bound of +inf or
 -inf here, and there is no `where`. The backward pass writes the weights down, of a few heads at a time; for very few
-keys the forward pass does, since they take about as much as the queries then.
+keys the forward pass does, since they are not larger than the queries then.
 
 References:
   Dao et al. 2022, "FlashAttention", section 3.1, for the backward pass that computes the weights again; rows are whole
@@ -32,7 +32,7 @@ from mhajax.masks import Mask, Tokens
 MOST_KEYS = 384  # that a query is compared with; more are faster in tiles
 MANY_ROWS = 8192  # queries of all heads, from which on more than TASK keys are worth it
 MOST_PAIRS = 2**20  # logits of one head; the backward pass holds them
-FEW_KEYS = 64  # whose weights are kept for the backward pass: they take about as much as the queries
+_FEW_KEYS, _WIDE = 64, 32  # of more keys, or narrower heads, the weights are computed again
 
 
 def attend(
@@ -92,7 +92,13 @@ def _attend(scale: float, cut: Bands, q: Array, k: Array, v: Array, bound: Array
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend_and_keep(scale: float, cut: Bands, q: Array, k: Array, v: Array, bound: Array | None) -> tuple:
     """The outputs, and what the backward pass needs: `Harm`, and the weights of few keys."""
-    return _folded(partial(_heads, scale, cut, keep=k.shape[-2] <= FEW_KEYS))(q, k, v, bound)
+    return _folded(partial(_heads, scale, cut, keep=_keeps(k)))(q, k, v, bound)
+
+
+def _keeps(k: Array) -> bool:
+    """Whether the backward pass gets the weights: they are not larger than the queries, and that is faster."""
+    *_, num_keys, width = k.shape
+    return width >= _WIDE and num_keys <= min(_FEW_KEYS, width)
 
 
 def _forward(scale: float, cut: Bands, q: Array, k: Array, v: Array, bound: Array | None) -> tuple[Array, tuple]:
