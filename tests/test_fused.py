@@ -320,6 +320,16 @@ def test_in_bands_it_is_the_same(name, hv, small):
     assert_close(got, expected)
 
 
+def test_in_bands_gradients_of_keys_are_rounded_once(small):
+    """Every query sees the first value, with a weight of 1, 1/2, 1/3, …; bfloat16 has no number between 256 and 258."""
+    q = k = v = jnp.zeros((B, K, 64, H), jnp.bfloat16)
+    assert len(cut(masks.causal(), t=64, s=64)) > 10
+    d_out = jnp.ones_like(q).at[:, :, 0].set(256)
+    *_, d_v = parity.quick(lambda *heads: jax.vjp(attend(mask=masks.causal()), *heads)[1](d_out))(q, k, v)
+    expected = 255 + np.sum(1 / np.arange(1, 65))
+    np.testing.assert_allclose(d_v[:, :, 0].astype(np.float32), expected, rtol=2**-8)
+
+
 @pytest.mark.parametrize("name", ["causal", "by example", "row by row"])
 def test_in_bands_too_what_is_not_finite_stays_where_it_is_seen(name, small):
     q, k, v = ungrouped(B)

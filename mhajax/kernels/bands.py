@@ -39,7 +39,7 @@ def cut(mask: Mask | None, queries: Tokens, keys: Tokens, items: int, group: int
     """How the queries are cut, so that keys which the mask is known to hide are not computed.
 
     Args:
-      mask, queries, keys: as in `attend`.
+      mask, queries, keys: as in `fused.attend`.
       items: B·K, heads that are computed together.
       group: N/K; heads that share a key head are not cut.
     """

@@ -91,7 +91,10 @@ def _attend(scale: float, cut: Bands, q: Array, k: Array, v: Array, bound: Array
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend_and_keep(scale: float, cut: Bands, q: Array, k: Array, v: Array, bound: Array | None) -> tuple:
-    """The outputs, and what the backward pass needs: `Harm`, and the weights of few keys."""
+    """The outputs, and what the backward pass needs: `Harm`, and the weights of few keys.
+
+    It is what `_attend` does where a gradient is taken, and has one itself for the sake of second derivatives.
+    """
     return _folded(partial(_heads, scale, cut, keep=_keeps(k)))(q, k, v, bound)
 
 
@@ -102,8 +105,8 @@ def _keeps(k: Array) -> bool:
 
 
 def _forward(scale: float, cut: Bands, q: Array, k: Array, v: Array, bound: Array | None) -> tuple[Array, tuple]:
-    kept: Any = _attend_and_keep(scale, cut, q, k, v, bound)
-    return kept[0], (q, k, v, *kept[1:], bound)
+    kept, saved = _keeping_forward(scale, cut, q, k, v, bound)
+    return kept[0], saved
 
 
 def _keeping_forward(scale: float, cut: Bands, q: Array, k: Array, v: Array, bound: Array | None) -> tuple:

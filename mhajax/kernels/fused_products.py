@@ -1,6 +1,7 @@
 """The products of the fused path, and their gradients, for heads that are laid out as [c, T, H].
 
-The weights are written down in the backward pass only: of a few heads at a time, or of all where they are few.
+A forward pass that nobody differentiates writes no weights down; the backward pass writes those of a few heads at a
+time, unless they were kept.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def _gradients_of_bands(
     scale: float, bands: Bands, q: Array, k: Array, v: Array, d_heads: Array, bound_of: Callable[[Band], Array | None]
 ) -> tuple[Array, Array, Array]:
     """Gradients of q [c, T, H], k [c, S, H] and v [c, S, Hv], summed over bands of queries."""
-    d_q, d_k, d_v = [], jnp.zeros(k.shape, k.dtype), jnp.zeros(v.shape, v.dtype)
+    d_q, (d_k, d_v) = [], (jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)) for a in (k, v))
     for band in bands:
         asking, keys, values = part(band, q, k, v)
         of_queries, of_keys, of_values = _gradients_of_band(
