@@ -35,10 +35,11 @@ quick = partial(jax.jit, compiler_options=QUICK)
 
 
 class Path(NamedTuple):
-    """A kernel, and the tiling that it is made to take; the fused one takes it for the log-sum-exp."""
+    """A kernel, and the tilings that it is made to take; the fused one takes them for the log-sum-exp."""
 
     kernel: str
     tiling: Tiling | None = None
+    tiling_if_small: Tiling | None = None
 
 
 def paths(name: str) -> dict[str, Path]:
@@ -56,7 +57,8 @@ def paths(name: str) -> dict[str, Path]:
 def attend(path: Path, q: Any, k: Any, v: Any, **options: Any) -> Any:
     """`kernels.attend` on this path."""
     given = {"queries": masks.tokens(q.shape[-2]), "keys": masks.tokens(k.shape[-2])} | options
-    with mock.patch.object(choice, "_tiling", lambda request: path.tiling):
+    tilings = {"_tiling": lambda request: path.tiling, "_tiling_if_small": lambda *given: path.tiling_if_small}
+    with mock.patch.multiple(choice, **tilings):
         return kernels.attend(q, k, v, kernel=path.kernel, **given)
 
 

@@ -149,9 +149,10 @@ CHOICES = {
     "short, few logits": (request(t=15, s=17), "dense"),
     "256 keys": (request(t=256, s=256, dtype=jnp.bfloat16), "fused"),
     "257 keys": (request(b=4, t=256, s=257), "fused"),
-    "257 keys, few queries": (request(t=256, s=257), "blockwise"),
-    "384 keys": (request(b=4, t=384, s=384), "fused"),
-    "385 keys": (request(b=4, t=385, s=385), "blockwise"),
+    "257 keys, few queries": (request(t=256, s=257), "fused"),
+    "257 keys, few queries, mask": (request(t=256, s=257, mask=masks.causal()), "blockwise"),
+    "512 keys": (request(b=4, t=512, s=512), "fused"),
+    "513 keys": (request(b=4, t=513, s=513), "blockwise"),
     "512 keys, half of them hidden": (request(b=4, t=512, s=512, mask=masks.causal()), "fused"),
     "512 keys, one example sees all": (request(b=4, t=512, s=512, mask=masks.lengths(LENGTHS)), "blockwise"),
     "1024 keys, half of them hidden": (request(b=4, t=1024, s=1024, mask=masks.causal()), "blockwise"),
@@ -185,7 +186,25 @@ def test_what_is_chosen(name):
     chosen = choice.choose(asked)
     assert chosen.kernel == kernel and chosen.why
     assert set(chosen.others) == set(kernels.NAMES) - {kernel} and all(chosen.others.values())
-    assert (chosen.tiling is None) == (kernel != "blockwise")
+    assert chosen.gradient == kernel or (chosen.gradient == "blockwise" and kernel == "fused" and asked.mask is None)
+    assert (chosen.tiling is None) == (chosen.gradient != "blockwise")
+
+
+@pytest.mark.parametrize("keys", [256, 257])
+def test_where_a_gradient_is_taken_more_than_256_keys_are_tiled(keys):
+    assert choice.choose(request(t=256, s=keys)).gradient == ("fused" if keys == 256 else "blockwise")
+    assert choice.choose(request(t=256, s=keys), "fused").gradient == "fused"  # asked for
+
+
+def test_what_is_tiled_otherwise_where_no_logit_is_large():
+    causal = request(mask=masks.causal())
+    chosen = choice.choose(causal)
+    assert chosen.tiling_if_small == Tiling(8, 256, 256) and chosen.tiling.rows == chosen.tiling.columns == 512
+    odd = choice.choose(request(t=1001, s=999, mask=masks.causal()))
+    assert odd.tiling[1:] == (502, 500) and odd.tiling_if_small[1:] == (251, 250)
+    unlike = [{"platform": "gpu"}, {"spread": True}, {"n": 3}, HALF, {"bias": True}, {"score": True}, {"dropout": True}]
+    others = [request(), *(request(**{"mask": masks.causal()} | one) for one in unlike)]
+    assert [choice.choose(other).tiling_if_small for other in others] == [None] * len(others)
 
 
 def test_the_choice_prints_itself():
@@ -197,6 +216,7 @@ def test_the_choice_prints_itself():
         f"blockwise: {chosen.why}",
         f"  {many} at a time, tiles of {rows} queries × {columns} keys; {chosen.visited:.0%} of the tiles are "
         "visited",
+        "  forward, where no logit is large: 8 heads, 256 × 256, without a maximum",
         *(f"not {name}: {why}" for name, why in chosen.others.items()),
     ]  # fmt: skip
     assert chosen.others["cudnn"] == "cuDNN needs an NVIDIA GPU" and chosen.others["splash"].endswith("needs a TPU")
@@ -219,11 +239,20 @@ def test_the_choice_says_why_it_is_fused_and_why_not():
     assert str(kernels.explain(*many, platform="cpu", mask=masks.causal())).splitlines()[1] == (
         "  in bands of queries, which leave 62% of the pairs"
     )
+    assert str(kernels.explain(*many, platform="cpu")).splitlines()[:3] == [
+        "fused: rows are short enough for the compiler to fuse both products and the softmax",
+        "  where a gradient is taken: blockwise",
+        "  2 heads at a time, tiles of 512 queries × 512 keys; 100% of the tiles are visited",
+    ]
+    lengths = masks.lengths(np.full(4, 512))
     reason = "fused rows are for queries that are compared with up to 384 keys, not 512"
-    assert kernels.explain(*many, platform="cpu").others["fused"] == reason
+    assert kernels.explain(*many, platform="cpu", mask=lengths).others["fused"] == reason
     few = [jax.ShapeDtypeStruct((1, 8, 300, 64), jnp.float32)] * 3
     reason = "there are 8 heads of 300 queries, fused rows of 300 keys want more"
-    assert kernels.explain(*few, platform="cpu").others["fused"] == reason
+    assert kernels.explain(*few, platform="cpu", mask=masks.causal()).others["fused"] == reason
+    more = [jax.ShapeDtypeStruct((1, 8, 600, 64), jnp.float32)] * 3
+    reason = "fused rows without a mask are for up to 512 keys, not 600"
+    assert kernels.explain(*more, platform="cpu").others["fused"] == reason
     between = "comes between the products, which are not fused then"
     asked = {
         f"a bias {between}": {"bias": np.zeros((128, 128))},

@@ -10,6 +10,7 @@ its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from mhajax.interventions import Capture, Patch, as_capture
-from mhajax.kernels import blockwise, cudnn, dense, fused, rows, splash
+from mhajax.kernels import blockwise, cudnn, dense, either, fused, rows, splash
 from mhajax.kernels.choice import NAMES, Choice, Request, choose, spread
 from mhajax.kernels.grid import Tiling
 from mhajax.kernels.pairs import hoist
@@ -113,18 +114,23 @@ def attend(
         "scale": scale, "dropout_rate": dropout_rate, "dropout_key": dropout_key,
     }  # fmt: skip
     by_rows = rows.Given(**given, cached=cached, logits=logits, weights=weights)
-    tiled = lambda tiling: blockwise.attend(q, k, v, tiling=tiling, **given)  # noqa: E731
+    tiled = lambda by: blockwise.attend(  # noqa: E731
+        q, k, v, tiling=by.tiling, tiling_if_small=by.tiling_if_small, **given
+    )
+    in_rows = partial(fused.attend, mask=mask, queries=queries, keys=keys)
+    if choice.gradient == "blockwise" and choice.tiling is not None:
+        in_rows = partial(either.attend, tiling=choice.tiling)
     paths = {
         "dense": lambda: dense.attend(q, k, v, cached=cached, **given),
-        "blockwise": lambda: tiled(choice.tiling),
-        "fused": lambda: (fused.attend(q, k, v, mask=mask, queries=queries, keys=keys, scale=given["scale"]), None),
+        "blockwise": lambda: tiled(choice),
+        "fused": lambda: (in_rows(q, k, v, scale=given["scale"]), None),
         "cudnn": lambda: (cudnn.attend(q, k, v, mask=mask, scale=given["scale"]), None),
         "splash": lambda: (splash.attend(q, k, v, mask=mask, scale=given["scale"]), None),
     }
     heads, log_sums = rows.attend(q, k, v, by_rows) if patched else paths[choice.kernel]()
     names = asked.names
     if log_sums is None and "log_sum_exp" in names:
-        log_sums = tiled(choose(request, "blockwise").tiling)[1]
+        log_sums = tiled(choose(request, "blockwise"))[1]
     captured: dict[str, Any] = {}
     if "log_sum_exp" in names and log_sums is not None:
         captured["log_sum_exp"] = of_heads(log_sums[..., None], asked)[..., 0]

@@ -11,7 +11,7 @@ from jax import Array
 from mhajax import masks
 from mhajax.masks import Mask, Tokens
 
-LEAST_ROWS = 4096  # queries of all heads together; XLA's library leaves smaller arrays to others
+LEAST_ROWS = 2048  # queries of all heads together; fewer are not enough work for several cores
 _HEIGHT, _RUN = 128, 32  # queries of a band, if there are enough heads; its keys are a multiple
 
 

@@ -4,7 +4,8 @@ The grid of queries × keys is cut into tiles. For each block of queries a loop 
 not rule out, first over those in which every pair is allowed (no mask is evaluated there), then over the others, and
 keeps a running maximum, sum and output. The backward pass computes the weights again from the saved log-sum-exp.
 
-How the loops are laid out (how many heads at a time, how large a tile) is a `Tiling`; `kernels.choice` picks it.
+How the loops are laid out (how many heads at a time, how large a tile) is a `Tiling`; `kernels.choice` picks it. Where
+logits are found to be small, the forward pass may be `unshifted`, in tiles of its own.
 
 References:
   Rabe & Staats 2021, "Self-attention Does Not Need O(n²) Memory"; Dao 2023, "FlashAttention-2", sections 2.3 and 3.1
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import precision
-from mhajax.kernels import finite, grid
+from mhajax.kernels import grid, unshifted
 from mhajax.kernels.grid import Context, Operands, Static, Tile, Tiling
 from mhajax.masks import Mask, Tokens
 
@@ -43,6 +44,7 @@ def attend(
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     tiling: Tiling,
+    tiling_if_small: Tiling | None = None,
 ) -> tuple[Array, Array]:
     """The heads' outputs and the logarithm of every query's sum; the contract is that of `kernels.attend`.
 
@@ -55,6 +57,8 @@ def attend(
       bias: [..., 1 or N, 1 or T, 1 or S]; -inf masks.
       score: of one pair, with its constants as arguments after the positions.
       tiling: how the work is cut; changes no result beyond rounding.
+      tiling_if_small: how `unshifted` cuts the forward pass where no logit is large; None: it is not asked. Its rows
+        and columns divide those of the tiling. Not for a bias, a score, dropout or half precision.
       mask, queries, keys, scale, dropout_rate, dropout_key: as in `kernels.attend`.
 
     Returns:
@@ -68,43 +72,67 @@ def attend(
         tiling, tuple(leading), num_heads, length, k.shape[-2], scale,
         0.0 if dropout_key is None else dropout_rate, score, guarded=mask is not None or bias is not None,
     )  # fmt: skip
-    operands, context = grid.lay_out(static, q, k, v, mask, bias, constants, queries, keys, dropout_key)
-    results: Any = _attend(static, operands, context)
+    given = q, k, v, mask, bias, constants, queries, keys, dropout_key
+    operands, context = grid.lay_out(static, *given)
+    fine = None if tiling_if_small is None else static._replace(tiling=tiling_if_small)
+    contexts = context, None if fine is None else grid.lay_out(fine, *given)[1]
+    known, arrays = grid.split(contexts)
+    results: Any = _attend((static, fine, known), operands, arrays)
     heads, log_sums = results
     shape = (*leading, num_heads)
     heads = heads[:, :length].astype(v.dtype).reshape(*shape, length, v.shape[-1])
     return heads, log_sums[:, :length].reshape(*shape, length)
 
 
+_Fixed = tuple[Static, Static | None, grid.Known]  # in tiles, and in those of `unshifted`; what the contexts hold
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Static, operands: Operands, context: Context) -> tuple[Array, Array]:
-    return _forward(static, operands, context)[0]
+def _attend(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple[Array, Array]:
+    static, fine, known = fixed
+
+    def marked(operands: Operands, arrays: grid.Arrays) -> tuple[Array, Array]:
+        context, of_fine = known.joined(arrays)
+        longest = grid.longest(operands)
+        tiled = lambda: _forward(static, operands, context)  # noqa: E731
+        if fine is None:
+            out, log_sums = tiled()
+        else:
+            small = unshifted.suits(fine, operands, longest)
+            out, log_sums = jax.lax.cond(small, partial(unshifted.forward, fine, operands, of_fine), tiled)
+        if not static.guarded:
+            return out, log_sums
+        nobody = lambda: jnp.zeros(log_sums.shape, bool)  # noqa: E731
+        sound = jnp.all(jnp.isfinite(longest))
+        spoilt = jax.lax.cond(sound, nobody, partial(grid.spoilt, static, operands, context))
+        return jnp.where(spoilt[..., None], jnp.nan, out), jnp.where(spoilt, jnp.nan, log_sums)
+
+    # Under a plain `vmap` both ways would be computed for every example.
+    return (marked if fine is None else jax.custom_batching.sequential_vmap(marked))(operands, arrays)
 
 
-def _forward(static: Static, operands: Operands, context: Context) -> tuple:
-    """[B·N, T, Hv] and log-sum-exp [B·N, T], wide; both NaN for queries that see something that is not finite."""
+def _attend_and_keep(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple:
+    results: Any = _attend(fixed, operands, arrays)
+    return results, (operands, arrays, *results)
+
+
+def _forward(static: Static, operands: Operands, context: Context) -> tuple[Array, Array]:
+    """[B·N, T, Hv] and log-sum-exp [B·N, T], both wide; with a mask, what is not finite counts as 0."""
     items, rows, columns = static.tiling
     wide = jnp.promote_types(operands.q.dtype, jnp.float32)
 
     def one_chunk(index: Array) -> tuple[Array, Array]:
         chunk = grid.chunk_of(static, operands, index)
-        if static.guarded:  # a value that is not finite is told by its key, and is 0 itself
-            values, bad = finite.healed(chunk.v)
-            chunk = chunk._replace(k=jnp.where(bad[..., None], jnp.nan, chunk.k), v=values)
         q = grid.of_chunk(static, operands.q, chunk)
 
         def one_row(row: Array) -> tuple[Array, Array]:
-            asking, rest = grid.scaled(static, grid.cut(q, 1, row, rows))
+            asking, rest = grid.scaled(static, grid.cut_tokens(static, q, row, rows))
 
             def visited(tile: Tile, state: tuple | None) -> tuple:
-                k, v = (grid.cut(a, 1, tile.column, columns) for a in (chunk.k, chunk.v))
-                sound, reach = asking, None
-                if static.guarded and tile.masked:
-                    (sound, bad_queries), (k, bad_keys) = finite.healed(asking), finite.healed(k)
-                    reach = jnp.where(bad_queries[:, :, None] | bad_keys[:, None, :], jnp.nan, jnp.inf)
-                raw = precision.einsum("cth,csh->cts", sound, k) * rest
+                k, v = (grid.cut_tokens(static, a, tile.column, columns) for a in (chunk.k, chunk.v))
+                raw = precision.einsum("cth,csh->cts", asking, k) * rest
                 bias = grid.bias_of(static, operands.bias, tile)
-                logits = grid.logits(static, context, tile, raw, bias, operands.constants, reach)
+                logits = grid.logits(static, context, tile, raw, bias, operands.constants)
                 top = jnp.max(logits, axis=-1)
                 if state is not None:
                     top = jnp.maximum(top, state[1])
@@ -130,16 +158,18 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple:
             return out / total[..., None], log_sum
 
         out, log_sum = grid.times(one_row, operands.q.shape[1] // rows)  # [t_tiles, c, rows, …]
-        return _joined(out), _joined(log_sum)
+        return grid.joined(out), grid.joined(log_sum)
 
     chunks = grid.times(one_chunk, operands.q.shape[0] // items)
     out, log_sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), chunks)
-    return (out, log_sums), (operands, context, out, log_sums)
+    return out, log_sums
 
 
-def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple[Operands, None]:
+def _backward(fixed: _Fixed, saved: tuple, cotangents: tuple) -> tuple[Operands, None]:
     """Gradients of all operands, one block of queries after another; keys' and values' are summed up transposed."""
-    operands, context, out, log_sums = saved
+    static, _, known = fixed
+    operands, arrays, out, log_sums = saved
+    context = known.joined(arrays)[0]
     d_out, d_log_sums = cotangents
     items, rows, columns = static.tiling
     wide = jnp.promote_types(operands.q.dtype, jnp.float32)
@@ -153,18 +183,17 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple[Operands
     def one_chunk(d_shared: Any, index: Array) -> tuple[Any, tuple]:
         chunk = grid.chunk_of(static, operands, index)
         q, *others = (grid.of_chunk(static, a, chunk) for a in (operands.q, d_out, log_sums, delta))
-        if static.guarded:
-            q, chunk = finite.healed(q)[0], chunk._replace(k=finite.healed(chunk.k)[0], v=finite.healed(chunk.v)[0])
 
         def one_row(state: tuple, row: Array) -> tuple[tuple, Array]:
-            asking, d_asked, log_sum, lost = (grid.cut(a, 1, row, rows) for a in (q, *others))
+            asking = grid.cut_tokens(static, q, row, rows)
+            d_asked, log_sum, lost = (grid.cut(a, 1, row, rows) for a in others)
             # A product whose left side is transposed is slow on CPU: turn the thin side, not the weights.
             turned = jax.lax.optimization_barrier(tuple(jnp.swapaxes(a, 1, 2) for a in (asking, d_asked)))
             asking, rest = grid.scaled(static, asking)
 
             def visited(tile: Tile, state: tuple) -> tuple:
                 d_k, d_v, (d_bias, d_constants), d_q = state
-                k, v = (grid.cut(a, 1, tile.column, columns) for a in (chunk.k, chunk.v))
+                k, v = (grid.cut_tokens(static, a, tile.column, columns) for a in (chunk.k, chunk.v))
                 raw = precision.einsum("cth,csh->cts", asking, k) * rest
                 bias = grid.bias_of(static, operands.bias, tile)
                 logits = partial(grid.logits, static, context, tile)
@@ -198,7 +227,7 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple[Operands
 
         d_k, d_v = (jnp.zeros((items, a.shape[-1], a.shape[1]), wide) for a in (operands.k, operands.v))
         (d_k, d_v, d_shared), d_q = grid.accumulate(one_row, (d_k, d_v, d_shared), operands.q.shape[1] // rows)
-        return d_shared, (_joined(d_q), d_k, d_v)
+        return d_shared, (grid.joined(d_q), d_k, d_v)
 
     d_shared = jax.tree.map(lambda a: jnp.zeros(a.shape, wide), (operands.bias, operands.constants))
     d_shared, (d_q, d_k, d_v) = grid.accumulate(one_chunk, d_shared, operands.q.shape[0] // items)
@@ -215,13 +244,7 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple[Operands
     return Operands(d_q.reshape(operands.q.shape), d_k, d_v, d_bias, d_constants), None
 
 
-_attend.defvjp(_forward, _backward)
-
-
-def _joined(tiles: Array) -> Array:
-    """[t_tiles, c, rows, …] to [c, T, …]."""
-    tiles = jnp.moveaxis(tiles, 0, 1)
-    return tiles.reshape(tiles.shape[0], -1, *tiles.shape[3:])
+_attend.defvjp(_attend_and_keep, _backward)
 
 
 def _add(total: Array, part: Array, start: Array) -> Array:

@@ -51,12 +51,16 @@ class Choice(NamedTuple):
 
     kernel: str
     tiling: Tiling | None
+    tiling_if_small: Tiling | None  # of the forward pass where logits are found to be small
     why: str
     others: dict[str, str]
     visited: float | None  # share of the tiles, or of the pairs, that the mask does not rule out, as far as it is known
+    gradient: str  # the path, forward and backward, where a gradient is taken
 
     def __str__(self) -> str:
         lines = [f"{self.kernel}: {self.why}"]
+        if self.gradient != self.kernel:
+            lines.append(f"  where a gradient is taken: {self.gradient}")
         if self.kernel == "fused" and self.visited != 1:
             lines.append(f"  in bands of queries, which leave {self.visited:.0%} of the pairs")
         if self.tiling is not None:
@@ -64,6 +68,9 @@ class Choice(NamedTuple):
             share = "" if self.visited is None else f"; {self.visited:.0%} of the tiles are visited"
             heads = "one head" if items == 1 else f"{items} heads"
             lines.append(f"  {heads} at a time, tiles of {rows} queries × {columns} keys{share}")
+        if self.tiling_if_small is not None:
+            items, rows, columns = self.tiling_if_small
+            lines.append(f"  forward, where no logit is large: {items} heads, {rows} × {columns}, without a maximum")
         return "\n".join([*lines, *(f"not {name}: {why}" for name, why in self.others.items())])
 
 
@@ -93,14 +100,17 @@ def choose(request: Request, kernel: str = "auto") -> Choice:
             )
     unused = {name: "it holds all T × S logits" if name == "dense" else "not needed" for name in NAMES}
     others = {name: refused[name] or absent[name] or unused[name] for name in NAMES if name != wanted}
-    tiling = visited = None
-    if wanted == "blockwise":
+    tiling = tiling_if_small = visited = None
+    only_values = kernel == "auto" and wanted == "fused" and request.mask is None and request.k.shape[-2] > TASK
+    gradient = "blockwise" if only_values else wanted
+    if gradient == "blockwise":
         tiling = _tiling(request)
+        tiling_if_small = _tiling_if_small(request, tiling)
         some, _ = masks.known_tiles(request.mask, request.queries, request.keys, tiling.rows, tiling.columns)
         visited = float(np.mean(some))
     if wanted == "fused":
         visited = _compared(request) / max(request.k.shape[-2], 1)
-    return Choice(wanted, tiling, why, others, visited)
+    return Choice(wanted, tiling, tiling_if_small, why, others, visited, gradient)
 
 
 def spread() -> bool:
@@ -119,14 +129,26 @@ def _absence(name: str, request: Request) -> str:
     if name == "fused" and length * num_keys > fused.MOST_PAIRS:
         return f"a head has {length} × {num_keys} logits, fused rows are for up to {fused.MOST_PAIRS}"
     if name == "fused" and length and num_keys > TASK:
-        if request.items * length < fused.MANY_ROWS:
-            return f"there are {request.items} heads of {length} queries, fused rows of {num_keys} keys want more"
-        if (compared := _compared(request)) > fused.MOST_KEYS:
-            return f"fused rows are for queries that are compared with up to {fused.MOST_KEYS} keys, not {compared:.0f}"
+        return _too_many_keys(request)
     if name == "splash" and request.platform != "tpu":
         return "splash attention needs a TPU"
     if name == "splash" and request.spread:
         return "the compiler cannot partition splash attention between devices: call it inside shard_map"
+    return ""
+
+
+def _too_many_keys(request: Request) -> str:
+    """Why rows of more than TASK keys are not for the fused path; empty if they are."""
+    length, num_keys = request.q.shape[-2], request.k.shape[-2]
+    if request.mask is None:
+        few = num_keys <= fused.MOST_KEYS_OF_VALUES
+        return (
+            "" if few else f"fused rows without a mask are for up to {fused.MOST_KEYS_OF_VALUES} keys, not {num_keys}"
+        )
+    if request.items * length < fused.MANY_ROWS:
+        return f"there are {request.items} heads of {length} queries, fused rows of {num_keys} keys want more"
+    if (compared := _compared(request)) > fused.MOST_KEYS:
+        return f"fused rows are for queries that are compared with up to {fused.MOST_KEYS} keys, not {compared:.0f}"
     return ""
 
 
@@ -230,12 +252,25 @@ def _tiling(request: Request) -> Tiling:
     length, num_keys = request.q.shape[-2], request.k.shape[-2]
     if request.platform == "cpu":
         rows, columns = _even(length, 2048 if request.mask is None else 512), _even(num_keys, 512)
+        rows, columns = (size + size % 2 if size > 256 else size for size in (rows, columns))  # may be halved
         # Small products stay in the cache, 256 KiB of logits at a time; large ones are worth waking both cores for.
         room = max(1, (2**16 if max(rows, columns) <= 256 else 2**19) // (rows * columns))
     else:  # fill the machine: all heads at once, as far as their logits stay below 256 MiB
         rows, columns = _even(length, 512), _even(num_keys, 512)
         room = max(1, 2**26 // (rows * columns))
     return Tiling(fitting(request.items, room, request.group), rows, columns)
+
+
+def _tiling_if_small(request: Request, tiling: Tiling) -> Tiling | None:
+    """For `unshifted`: small tiles, of several heads for several cores; else large ones do better."""
+    plain = not (request.bias or request.score or request.dropout)
+    wide = min(jnp.dtype(a.dtype).itemsize for a in (request.q, request.k, request.v)) >= 4
+    if request.platform != "cpu" or request.spread or request.mask is None or not (plain and wide):
+        return None
+    items = fitting(request.items, 16, request.group)
+    if items < 4 or min(tiling.rows, tiling.columns) <= 256:
+        return None
+    return Tiling(items, tiling.rows // 2, tiling.columns // 2)
 
 
 def _even(size: int, most: int) -> int:

@@ -36,9 +36,12 @@ def guarded(product: Callable[[Array, Array], Array]) -> Callable[[Array, Array]
         (x, w), (d_x, d_w) = primals, tangents
         return product(x, w), product(d_x, w) + product(jnp.where(jnp.isfinite(x), x, 0), d_w)
 
-    # JAX's custom derivatives refuse NumPy arrays, and `vmap` may hide one in x or w: any operation makes it JAX's.
-    own = lambda a: jnp.squeeze(jnp.expand_dims(a, 0), 0)  # noqa: E731
     return lambda x, w: guarded(own(x), own(w))
+
+
+def own(array: Array) -> Array:
+    """The array, made by JAX: its custom derivatives refuse NumPy's, and `vmap` may hide one."""
+    return jnp.squeeze(jnp.expand_dims(array, 0), 0)
 
 
 def heal(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array, Spoilt]:

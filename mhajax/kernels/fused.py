@@ -29,7 +29,8 @@ from mhajax.kernels.dense import full_rank
 from mhajax.kernels.fused_products import flat, gradients, gradients_of_kept, outputs, outputs_and_weights
 from mhajax.masks import Mask, Tokens
 
-MOST_KEYS = 384  # that a query is compared with; more are faster in tiles
+MOST_KEYS = 384  # that a query is compared with under a mask; more are faster in tiles
+MOST_KEYS_OF_VALUES = 512  # without a mask; where a gradient is taken, tiles are faster
 MANY_ROWS = 8192  # queries of all heads, from which on more than TASK keys are worth it
 MOST_PAIRS = 2**20  # logits of one head; the backward pass holds them
 _FEW_KEYS, _WIDE = 64, 32  # of more keys, or narrower heads, the weights are computed again

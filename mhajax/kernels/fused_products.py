@@ -59,8 +59,7 @@ def outputs_and_weights(
     """As `outputs`, and the weights [c, T, S]."""
     if not sound:
         q, k, v = (finite.healed(a)[0] for a in (q, k, v))
-    weights, totals = _weights(scale, q, k, bound)
-    weights = jax.lax.optimization_barrier(weights / totals[..., None])
+    weights = _shares(*_weights(scale, q, k, bound))
     return precision.einsum("cts,csh->cth", precision.narrow(weights, v), v), weights
 
 
@@ -79,12 +78,14 @@ def _of_band(scale: float, q: Array, k: Array, v: Array, bound: Array | None) ->
                 *bound.shape[:2], blocks, rows, num_keys
             )
     weights, totals = _weights(scale, q, k, bound)
-    heads = precision.einsum("...ts,...sh->...th", precision.narrow(weights, v), v) / totals[..., None]
+    heads = precision.einsum("...ts,...sh->...th", precision.narrow(weights, v), v)
+    # As in `_shares`, but from an array that is large enough for XLA's library even if there are few queries.
+    heads = heads / jnp.maximum(totals[..., None], jnp.minimum(heads, 0.25) + 0.25)
     return heads if blocks == 1 else heads.reshape(heads.shape[0], -1, heads.shape[-1])[:, :length]
 
 
 def _weights(scale: float, q: Array, k: Array, bound: Array | None) -> tuple[Array, Array]:
-    """Weights [c, …, T, S] that are not yet divided by their sums, and the sums [c, …, T]; 0.5 where nothing is seen.
+    """Weights [c, …, T, S] that are not yet divided by their sums, and the sums [c, …, T]; 0 where nothing is seen.
 
     The bound is that of all heads, [B or 1, K or 1, …, T, S], or of some, [c or 1, 1, …, T, S].
     """
@@ -97,7 +98,12 @@ def _weights(scale: float, q: Array, k: Array, bound: Array | None) -> tuple[Arr
     shown = jax.lax.stop_gradient(logits)  # a shift by the largest changes nothing
     top = jax.lax.reduce(shown, logits.dtype.type(lowest), jax.lax.max, (logits.ndim - 1,))
     weights = jnp.exp(logits - top[..., None])
-    return weights, jnp.maximum(jnp.sum(weights, axis=-1), 0.5)  # the largest weight is 1 if there is one
+    return weights, jnp.sum(weights, axis=-1)
+
+
+def _shares(weights: Array, totals: Array) -> Array:
+    """The weights divided by their sums, written down; 0 where nothing is seen, else the largest was 1."""
+    return jax.lax.optimization_barrier(weights / jnp.maximum(totals, 0.5)[..., None])
 
 
 def _sound(q: Array, k: Array, v: Array, d_heads: Array, harmed: Array | None) -> tuple[Array, Array, Array, Array]:
@@ -179,8 +185,7 @@ def _gradients_of_band(
     scale: float, q: Array, k: Array, v: Array, d_heads: Array, bound: Array | None
 ) -> tuple[Array, Array, Array]:
     """Gradients of the queries of one band, and its part of those of keys and values."""
-    weights, totals = _weights(scale, q, k, bound)
-    weights = jax.lax.optimization_barrier(weights / totals[..., None])
+    weights = _shares(*_weights(scale, q, k, bound))
     d_weights = precision.einsum("cth,csh->cts", d_heads, v)
     mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
     d_logits = jax.lax.optimization_barrier(weights * (d_weights - mean))

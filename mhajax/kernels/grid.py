@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from mhajax import dropout
-from mhajax.kernels import pairs
+from mhajax.kernels import finite, pairs
 from mhajax.masks import Mask, Tokens
 
 
@@ -94,6 +94,34 @@ def lay_out(
         dropout.words(dropout_key) if static.dropout_rate and dropout_key is not None else None,
     )
     return operands, context
+
+
+Arrays = tuple[Array, ...]
+
+
+class Known:
+    """What a tree holds besides JAX's arrays: it is not traced, so tiles that are known stay known.
+
+    Two of them are equal only if they are the same, which is enough for what is traced once.
+    """
+
+    def __init__(self, structure: Any, leaves: tuple):
+        self._structure, self._leaves = structure, leaves
+
+    def joined(self, arrays: Arrays) -> Any:
+        """The tree, with these arrays."""
+        given = iter(arrays)
+        return self._structure.unflatten([next(given) if leaf is None else leaf for leaf in self._leaves])
+
+
+def split(tree: Any) -> tuple[Known, Arrays]:
+    """The arrays of a tree, and the rest of it."""
+    leaves, structure = jax.tree.flatten(tree)
+    ours = [isinstance(leaf, jax.Array) for leaf in leaves]
+    rest = tuple(None if is_ours else leaf for leaf, is_ours in zip(leaves, ours, strict=True))
+    return Known(structure, rest), tuple(
+        finite.own(leaf) for leaf, is_ours in zip(leaves, ours, strict=True) if is_ours
+    )
 
 
 def _pad(array: Any, axis: int, size: int) -> Any:
@@ -180,6 +208,12 @@ def times(body: Callable, count: int) -> Any:
     return jax.lax.map(body, jnp.arange(count, dtype=jnp.int32))
 
 
+def joined(tiles: Array) -> Array:
+    """[t_tiles, c, rows, …] to [c, T, …]."""
+    tiles = jnp.moveaxis(tiles, 0, 1)
+    return tiles.reshape(tiles.shape[0], -1, *tiles.shape[3:])
+
+
 def accumulate(body: Callable, state: Any, count: int) -> tuple[Any, Any]:
     """`lax.scan` over 0 … count - 1, without a loop if there is only one."""
     if count == 1:
@@ -208,6 +242,43 @@ def cut(array: Array, axis: int, index: Array, size: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
 
+def cut_tokens(static: Static, array: Array, index: Array, size: int) -> Array:
+    """The block with this number of [c, tokens, H]; if there is a mask, with 0 in place of what is not finite.
+
+    It is copied anyway, so that this costs nothing; `spoilt` says who must not be told the result.
+    """
+    block = cut(array, 1, index, size)
+    return finite.healed(block)[0] if static.guarded else block
+
+
+def longest(operands: Operands) -> Array:
+    """The largest length of a query, of a key and of a value, [3]; not finite if any of their numbers is not."""
+    wide = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in operands[:3])
+    return jnp.stack([jnp.sqrt(jnp.max(jnp.sum(a * a, axis=-1), initial=0)) for a in wide])
+
+
+def spoilt(static: Static, operands: Operands, context: Context) -> Array:
+    """Queries that see something that is not finite, bool [B·N, T]."""
+    items, rows, columns = static.tiling
+    (_, bad_queries), (_, bad_keys), (_, bad_values) = map(finite.healed, (operands.q, operands.k, operands.v))
+
+    def one_chunk(index: Array) -> Array:
+        chunk = chunk_of(static, operands._replace(k=bad_keys, v=bad_values), index)
+        asking, sought = of_chunk(static, bad_queries, chunk), chunk.k | chunk.v
+
+        def one_row(row: Array) -> Array:
+            def visited(tile: Tile, state: Array) -> Array:
+                pairs = cut(asking, 1, row, rows)[:, :, None] | cut(sought, 1, tile.column, columns)[:, None, :]
+                allowed = _allowed(static, context, tile, bias_of(static, operands.bias, tile))
+                return state | jnp.any(pairs if allowed is None else pairs & allowed, axis=-1)
+
+            return visit(context, chunk, row, visited, jnp.zeros((items, rows), bool))
+
+        return joined(times(one_row, operands.q.shape[1] // rows))
+
+    return times(one_chunk, operands.q.shape[0] // items).reshape(bad_queries.shape)
+
+
 def scaled(static: Static, q: Array) -> tuple[Array, float]:
     """The queries times the scale, and what is left of it for the logits: nothing, unless the queries are narrow."""
     if q.dtype.itemsize < 4:
@@ -234,7 +305,6 @@ class Tile(NamedTuple):
 
 def logits(
     static: Static, context: Context, tile: Tile, raw: Array, bias: Array | None, constants: tuple[Array, ...],
-    reach: Array | None = None,
 ) -> Array:  # fmt: skip
     """Logits of a tile, [c, rows, columns], -inf where masked.
 
@@ -242,7 +312,6 @@ def logits(
       raw: scaled products.
       bias: the tile's part of it, [c, 1 or rows, 1 or columns].
       constants: of the score function.
-      reach: [c, rows, columns], NaN for pairs that spoil who sees them, else inf.
     """
     scores = raw
     if static.score is not None:
@@ -253,25 +322,23 @@ def logits(
             return of_pairs(raw, head, queries.position, keys.position, *constants)
 
         scores = jax.vmap(one_item)(raw, tile.chunk.example, tile.chunk.head)
-    allowed = _allowed(static, context, tile)
-    if bias is not None:
-        visible = bias != -jnp.inf  # NaN is not hidden
-        allowed = visible if allowed is None else allowed & visible
-        scores = scores + jnp.where(allowed, bias, 0)
+    allowed = _allowed(static, context, tile, bias)
     if allowed is None:
         return scores
+    if bias is not None:
+        scores = scores + jnp.where(allowed, bias, 0)
     # A bound stays in one loop with the product, a choice does not; but a choice also hides what a score makes of it.
-    bound = jnp.where(allowed, jnp.inf if reach is None else reach, -jnp.inf).astype(scores.dtype)
+    bound = jnp.where(allowed, jnp.inf, -jnp.inf).astype(scores.dtype)
     scores = jnp.minimum(scores, bound)
     return scores if static.score is None and bias is None else jnp.where(allowed, scores, -jnp.inf)
 
 
-def _allowed(static: Static, context: Context, tile: Tile) -> Array | None:
+def _allowed(static: Static, context: Context, tile: Tile, bias: Array | None) -> Array | None:
     """Which pairs of a tile may attend, [c or 1, rows, columns]; None: all."""
+    allowed = None if bias is None else bias != -jnp.inf  # NaN is not hidden
     if not tile.masked:
-        return None
+        return allowed
     _, rows, columns = static.tiling
-    allowed = None
     if context.mask is not None:
         mask = context.mask
 
@@ -279,7 +346,8 @@ def _allowed(static: Static, context: Context, tile: Tile) -> Array | None:
             block = mask.of(example, head).block(*tile.places(context, static, example))
             return jnp.broadcast_to(block.reshape(block.shape[-2:]), (rows, columns))
 
-        allowed = jax.vmap(one_item)(tile.chunk.example, tile.chunk.head)
+        of_mask = jax.vmap(one_item)(tile.chunk.example, tile.chunk.head)
+        allowed = of_mask if allowed is None else allowed & of_mask
     if static.num_keys % columns:  # the last keys are padding
         real = (tile.column * columns + jnp.arange(columns) < static.num_keys)[None, None]
         allowed = real if allowed is None else allowed & real
