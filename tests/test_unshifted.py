@@ -51,6 +51,12 @@ def given(*leading):
     return tuple(numbers(i, *leading, *shape) for i, shape in enumerate([(N, T, H), (K, S, H), (K, S, HV)]))
 
 
+def bound_of(q, k):
+    """The largest logit that any head could have."""
+    of_q, of_k = (np.linalg.norm(a, axis=-1).max(-1) for a in (q, k))
+    return np.max(of_q * np.repeat(of_k, N // K, axis=-1)) * H**-0.5
+
+
 def assert_equal(got, expected):
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -85,16 +91,24 @@ def marked(monkeypatch):
 
 def test_no_maximum_is_taken_if_no_logit_can_be_large(marked):
     q, k, v = given(B)
-    longest = max(np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max() * H**-0.5, 1e-9)
-    below, above = (0.99 * unshifted.LARGEST / longest, 1.01 * unshifted.LARGEST / longest)
+    below, above = (factor * unshifted.LARGEST / bound_of(q, k) for factor in (0.99, 1.01))
     assert np.all(marked((below * q).astype(np.float32), k, v) == 7)
     assert not np.any(marked((above * q).astype(np.float32), k, v) == 7)
 
 
-def test_a_maximum_is_taken_if_the_values_could_overflow(marked):
+def test_a_maximum_is_taken_if_weights_times_values_could_be_out_of_range(marked):
     q, k, v = given(B)
     v[1, 1, 2, 1] = 1e37
     assert not np.any(marked(q, k, v) == 7)
+    assert not np.any(marked(q, k, (1e-37 * given(B)[2]).astype(np.float32)) == 7)
+
+
+def test_every_head_has_its_own_bound(marked):
+    q, k, v = given(B)
+    q[:, :2] *= 100  # these heads share their keys
+    assert not np.any(marked(q, k, v) == 7)
+    k[:, 0] *= 0.01
+    assert np.all(marked(q, k, v) == 7)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -123,10 +137,10 @@ def test_large_logits_give_the_very_numbers_of_the_other_way(ways):
 
 def test_logits_below_the_bound_differ_by_rounding_only(ways):
     q, k, v = given(B)
-    q *= 0.9 * unshifted.LARGEST / (np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max() * H**-0.5)
+    q *= 0.9 * unshifted.LARGEST / bound_of(q, k)
     both, shifted = (way(q, k, v) for way in ways)
     for a, b in zip(both, shifted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.max(np.abs(b)))  # logits of 36 are wrong by 2e-6
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.max(np.abs(b)))  # logits of 54 are wrong by 3e-6
     assert any(np.any(np.asarray(a) != b) for a, b in zip(both, shifted, strict=True))
 
 

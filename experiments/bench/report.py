@@ -17,7 +17,7 @@ LEGEND = (
     "temp: what XLA plans."
 )
 _EXTRA = {
-    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "tokens_per_second": ("tokens / s", "{:,.0f}"),
     "peak_mib": ("peak MiB", "{:,.0f}"),
     "import_mib": ("import MiB", "{:,.0f}"),
 }
@@ -32,12 +32,12 @@ def table(rows: Sequence[Row]) -> Table:
     """The rows of one case; the fastest of the others is what ours has to be compared with, so it is in bold."""
     case = rows[0].case
     extra = [name for name in _EXTRA if any(name in (row.extra or {}) for row in rows)]
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     shown.add_column("implementation", no_wrap=True)
     planned = any(row.temporary is not None for row in rows)
     numbers = ["ms", "±", "× ours", *(["GF/s", "% matmul"] if case.flops else []), *(["temp MiB"] if planned else [])]
     for heading in [*numbers, *(_EXTRA[name][0] for name in extra)]:
-        shown.add_column(heading, justify="right", no_wrap=True)
+        shown.add_column(heading, justify="right")  # a heading may be broken, a number is not
     rivals = [row for row in rows if row.milliseconds is not None and row.implementation != OURS]
     best = min(rivals, key=lambda row: row.relative_to_ours or 0, default=None)
     for row in rows:

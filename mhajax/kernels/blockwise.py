@@ -93,18 +93,17 @@ def _attend(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple[Arr
 
     def marked(operands: Operands, arrays: grid.Arrays) -> tuple[Array, Array]:
         context, of_fine = known.joined(arrays)
-        longest = grid.longest(operands)
+        lengths = grid.lengths_of(*operands[:3])
         tiled = lambda: _forward(static, operands, context)  # noqa: E731
         if fine is None:
             out, log_sums = tiled()
         else:
-            small = unshifted.suits(fine, operands, longest)
+            small = unshifted.suits(fine, operands, lengths)
             out, log_sums = jax.lax.cond(small, partial(unshifted.forward, fine, operands, of_fine), tiled)
         if not static.guarded:
             return out, log_sums
         nobody = lambda: jnp.zeros(log_sums.shape, bool)  # noqa: E731
-        sound = jnp.all(jnp.isfinite(longest))
-        spoilt = jax.lax.cond(sound, nobody, partial(grid.spoilt, static, operands, context))
+        spoilt = jax.lax.cond(lengths.finite, nobody, partial(grid.spoilt, static, operands, context))
         return jnp.where(spoilt[..., None], jnp.nan, out), jnp.where(spoilt, jnp.nan, log_sums)
 
     # Under a plain `vmap` both ways would be computed for every example.

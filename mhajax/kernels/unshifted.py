@@ -20,22 +20,19 @@ from jax import Array
 
 from mhajax import precision
 from mhajax.kernels import finite, grid
-from mhajax.kernels.grid import Context, Operands, Static, Tile
+from mhajax.kernels.grid import Context, Lengths, Operands, Static, Tile
 
-LARGEST = 40.0  # logit; a weight of exp(-40) times a value is lost in float32 only if the value is below 1e-20
+LARGEST = 60.0  # logit
+_EXPONENT = 75.0  # of a sum of weights times values, in nats; float32 has 87 on either side
 
 
-def suits(static: Static, operands: Operands, longest: Array) -> Array:
-    """Whether no logit can be large, what is not finite aside: bool []. The lengths are those of `grid.longest`."""
-
-    def without() -> Array:
-        q, k, v = (finite.healed(a)[0] for a in (operands.q, operands.k, operands.v))
-        return grid.longest(operands._replace(q=q, k=k, v=v))
-
-    q, k, v = jax.lax.cond(jnp.all(jnp.isfinite(longest)), lambda: longest, without)
-    largest = q * k * abs(static.scale)  # Cauchy-Schwarz
-    of_sums = largest + jnp.log(jnp.maximum(v, 1)) + math.log(max(1, static.num_keys))
-    return (largest < LARGEST) & (of_sums < 2 * LARGEST)
+def suits(static: Static, operands: Operands, lengths: Lengths) -> Array:
+    """Whether no logit of any head can be large, what is not finite aside: bool []."""
+    without = lambda: grid.lengths_of(*(finite.healed(a)[0] for a in operands[:3]))  # noqa: E731
+    q, k, v = jax.lax.cond(lengths.finite, lambda: lengths, without)
+    largest = jnp.max(q.reshape(k.size, -1), axis=-1) * k * abs(static.scale)  # Cauchy-Schwarz
+    of_sums = largest + jnp.abs(jnp.log(v)) + math.log(max(1, static.num_keys))
+    return jnp.all((largest < LARGEST) & (of_sums < _EXPONENT))
 
 
 def forward(static: Static, operands: Operands, context: Context) -> tuple[Array, Array]:
