@@ -147,6 +147,8 @@ CHOICES = {
     "long queries, few keys": (request(s=8), "fused"),
     "short, many logits": (request(t=16, s=16, mask=masks.causal()), "fused"),
     "short, few logits": (request(t=15, s=17), "dense"),
+    "very short, of many heads": (request(b=32, t=8, s=8), "fused"),
+    "very short": (request(b=31, t=8, s=8), "dense"),
     "256 keys": (request(t=256, s=256, dtype=jnp.bfloat16), "fused"),
     "257 keys": (request(b=4, t=256, s=257), "fused"),
     "257 keys, few queries": (request(t=256, s=257), "fused"),

@@ -237,7 +237,9 @@ def _preferred(request: Request, refused: dict[str, str]) -> tuple[str, str]:
     if refused["blockwise"]:
         return "dense", refused["blockwise"]
     few = 24 if request.mask is not None or request.bias else 48
-    if request.items == 0 or (length * num_keys < 256 if not refused["fused"] else min(length, num_keys) < few):
+    pairs = length * num_keys
+    small = pairs < 256 and request.items * pairs < 2**14 if not refused["fused"] else min(length, num_keys) < few
+    if request.items == 0 or small:
         return "dense", "there are few logits"
     if not refused["fused"]:
         return "fused", "rows are short enough for the compiler to fuse both products and the softmax"

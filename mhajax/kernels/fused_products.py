@@ -125,9 +125,9 @@ def gradients_of_kept(
     q, k, v, d_heads = _sound(flat(q), flat(k), flat(v), flat(d_heads), None if harmed is None else flat(harmed))
     d_weights = precision.einsum("cth,csh->cts", d_heads, v)
     mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
-    d_logits = precision.narrow(weights * (d_weights - mean), k)
-    d_q = precision.einsum("cts,csh->cth", d_logits, k) * scale
-    d_k = precision.einsum("cts,cth->csh", d_logits, q) * scale
+    d_products = precision.narrow(weights * (d_weights - mean) * scale, k)
+    d_q = precision.einsum("cts,csh->cth", d_products, k)
+    d_k = precision.einsum("cts,cth->csh", d_products, q)
     d_v = precision.einsum("cts,cth->csh", precision.narrow(weights, v), d_heads)
     d_q, d_k, d_v = (d.reshape(a.shape).astype(a.dtype) for d, a in zip((d_q, d_k, d_v), like, strict=True))
     return d_q, d_k, d_v
