@@ -202,6 +202,8 @@ def test_what_is_tiled_otherwise_where_no_logit_is_large():
     causal = request(mask=masks.causal())
     chosen = choice.choose(causal)
     assert chosen.tiling_if_small == Tiling(8, 256, 256) and chosen.tiling.rows == chosen.tiling.columns == 512
+    for mask, items in ((masks.causal(), 16), (masks.lengths(LENGTHS), 8)):  # those of one example if they differ
+        assert choice.choose(request(b=4, mask=mask)).tiling_if_small.items == items
     odd = choice.choose(request(t=1001, s=999, mask=masks.causal()))
     assert odd.tiling[1:] == (502, 500) and odd.tiling_if_small[1:] == (251, 250)
     unlike = [{"platform": "gpu"}, {"spread": True}, {"n": 3}, HALF, {"bias": True}, {"score": True}, {"dropout": True}]

@@ -269,7 +269,8 @@ def _tiling_if_small(request: Request, tiling: Tiling) -> Tiling | None:
     wide = min(jnp.dtype(a.dtype).itemsize for a in (request.q, request.k, request.v)) >= 4
     if request.platform != "cpu" or request.spread or request.mask is None or not (plain and wide):
         return None
-    items = fitting(request.items, 16, request.group)
+    shared = all(np.ndim(leaf) == 0 for leaf in jax.tree.leaves(request.mask))  # else examples differ in what is seen
+    items = fitting(request.items, 16 if shared else min(16, request.q.shape[-3]), request.group)
     if items < 4 or min(tiling.rows, tiling.columns) <= 256:
         return None
     return Tiling(items, tiling.rows // 2, tiling.columns // 2)
