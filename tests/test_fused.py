@@ -358,6 +358,7 @@ def test_in_bands_axes_are_mapped_and_gradients_have_gradients(small):
 # Where a gradient is taken, in tiles --------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older compilers do not fuse so many")
 def test_without_a_mask_more_than_256_keys_are_fused_for_values_and_tiled_for_gradients():
     q, k, v = numbers(0, B, 2, 9, H), numbers(1, B, 1, 300, H), numbers(2, B, 1, 300, HV)
     value = parity.quick(attend("auto"))(q, k, v)

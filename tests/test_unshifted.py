@@ -189,6 +189,7 @@ def test_in_a_scan_and_with_rematerialisation(ways):
 # At sizes for which it is chosen ------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="not chosen with older compilers")
 def test_at_real_sizes_with_all_optimisations(full_compiles):
     b, n, t, h = 2, 4, 516, 16
     q, k, v = (numbers(i, b, n, t, h) for i in range(3))

@@ -34,6 +34,7 @@ class Request(NamedTuple):
     log_sum_exp: bool  # whether the path itself must give the logarithm of the sums
     cached: bool  # keys and values come from a cache
     spread: bool = False  # the compiler may have to partition the work between devices
+    fuses: bool = jax.__version_info__ >= (0, 10)  # the compiler can take products and softmax as one loop on a CPU
 
     @property
     def items(self) -> int:
@@ -140,6 +141,8 @@ def _absence(name: str, request: Request) -> str:
 def _too_many_keys(request: Request) -> str:
     """Why rows of more than TASK keys are not for the fused path; empty if they are."""
     length, num_keys = request.q.shape[-2], request.k.shape[-2]
+    if not request.fuses:
+        return f"JAX before 0.10 does not fuse rows of {num_keys} keys"
     if request.mask is None:
         few = num_keys <= fused.MOST_KEYS_OF_VALUES
         return (
@@ -267,7 +270,9 @@ def _tiling_if_small(request: Request, tiling: Tiling) -> Tiling | None:
     """For `unshifted`: small tiles, of several heads for several cores; else large ones do better."""
     plain = not (request.bias or request.score or request.dropout)
     wide = min(jnp.dtype(a.dtype).itemsize for a in (request.q, request.k, request.v)) >= 4
-    if request.platform != "cpu" or request.spread or request.mask is None or not (plain and wide):
+    if request.platform != "cpu" or not request.fuses or request.spread or request.mask is None:
+        return None
+    if not (plain and wide):
         return None
     shared = all(np.ndim(leaf) == 0 for leaf in jax.tree.leaves(request.mask))  # else examples differ in what is seen
     items = fitting(request.items, 16 if shared else min(16, request.q.shape[-3]), request.group)
