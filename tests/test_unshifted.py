@@ -15,10 +15,9 @@ from mhajax.kernels import Tiling, blockwise, unshifted
 
 B, N, K, T, S, H, HV = 2, 4, 2, 13, 17, 5, 3
 COARSE, FINE = Tiling(4, 6, 8), Tiling(4, 3, 4)  # the last tiles are partial in both
-PATH = parity.Path("blockwise", COARSE, FINE)
 MASK = masks.causal() & masks.lengths(np.array([9, 17]))
 
-# The rows of the parity matrix in which something is masked, each in another way.
+# Rows of the parity matrix: no mask, and masks of every kind.
 ROWS = [
     "nothing but q, k, v", "causal, T = S", "lengths, one of them 0", "booleans [B, N, T, S]", "segments",
     "`&`, `\\|`, `~` together", "grouped heads, N = 6, K = 3", "one key head for all", "values wider than keys, Hv = 7",
@@ -28,12 +27,10 @@ ROWS = [
 ]  # fmt: skip
 
 
-def attend(mask=MASK, fine=FINE, **others):
+def attend(mask=MASK, fine=FINE):
     """A function of q, k, v: heads and log-sum-exp."""
     places = {"queries": masks.tokens(T), "keys": masks.tokens(S)}
-    return partial(
-        blockwise.attend, mask=mask, scale=H**-0.5, tiling=COARSE, tiling_if_small=fine, **places, **others
-    )  # fmt: skip
+    return partial(blockwise.attend, mask=mask, scale=H**-0.5, tiling=COARSE, tiling_if_small=fine, **places)
 
 
 def with_gradient(function):
@@ -158,7 +155,7 @@ def of_one_length(q, k, v, length):
     return with_gradient(attend(masks.causal() & masks.lengths(length)))(q, k, v)
 
 
-def test_under_vmap_each_example_takes_its_own_way(ways):
+def test_under_vmap_each_example_takes_its_own_way():
     q, k, v = given(3, 1)
     q[1] *= 1000
     lengths = np.array([9, 17, 4])[:, None]
@@ -170,7 +167,7 @@ def test_under_vmap_each_example_takes_its_own_way(ways):
     assert "cond[" in text  # else both ways were computed, and one of them taken
 
 
-def test_in_a_scan_and_with_rematerialisation(ways):
+def test_in_a_scan_and_with_rematerialisation():
     q, k, v = given(3, B)
     loss = lambda q, k, v, length: jnp.sum(jnp.sin(attend(masks.lengths(length))(q, k, v)[0]))  # noqa: E731
     lengths = np.array([[9, 17], [1, 2], [17, 3]])

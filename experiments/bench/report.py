@@ -33,7 +33,7 @@ def table(rows: Sequence[Row]) -> Table:
     case = rows[0].case
     extra = [name for name in _EXTRA if any(name in (row.extra or {}) for row in rows)]
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    shown.add_column("implementation", no_wrap=True)
+    shown.add_column("library", no_wrap=True)
     planned = any(row.temporary is not None for row in rows)
     numbers = ["ms", "±", "× ours", *(["GF/s", "% matmul"] if case.flops else []), *(["temp MiB"] if planned else [])]
     for heading in [*numbers, *(_EXTRA[name][0] for name in extra)]:

@@ -1,10 +1,10 @@
 """softmax(q kᵀ) v for given queries, keys and values: one contract, one function per path.
 
 `attend` is the contract. `dense` is the definition and holds every logit; `blockwise` gives the same numbers in memory
-that grows with T; `fused` does so for short sequences on a CPU, in one loop of the compiler's; `cudnn` and `splash`
-call what a platform has. `choice` is the one place where a path is picked, and `explain` prints what it picks and why.
-`rows` is for who looks at weights or changes them. `ring` is for a sequence that is cut over devices, and is called by
-its name.
+that grows with T, on a CPU `unshifted` where it can; `fused` does so for short sequences on a CPU, in one loop of the
+compiler's, or `either` does, which is blockwise where a gradient is taken; `cudnn` and `splash` call what a platform
+has. `choice` is the one place where a path is picked, and `explain` prints what it picks and why. `rows` is for who
+looks at weights or changes them. `ring` is for a sequence that is cut over devices, and is called by its name.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def attend(
         q, k, v, tiling=by.tiling, tiling_if_small=by.tiling_if_small, **given
     )
     in_rows = partial(fused.attend, mask=mask, queries=queries, keys=keys)
-    if choice.gradient == "blockwise" and choice.tiling is not None:
+    if choice.kernel == "fused" and choice.tiling is not None:  # for a gradient
         in_rows = partial(either.attend, tiling=choice.tiling)
     paths = {
         "dense": lambda: dense.attend(q, k, v, cached=cached, **given),
