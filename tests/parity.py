@@ -298,6 +298,27 @@ def forward_mode(path: Path, case: Case) -> str:
     return assert_close([np.sum(np.asarray(change, np.float64) * d_out)], [expected], BOUNDS[case.dtype])
 
 
+def gradients_of_gradients(path: Path, case: Case) -> str:
+    """The gradient of the gradients' product with a direction, against differences of the loops' gradients."""
+    *given, d_out, d_log_sums = inputs(case)
+    along = jax.tree.map(lambda a: np.random.default_rng(a.size).normal(size=a.shape), tuple(given))
+    flat = lambda tree: [*tree[:3], *(tree[3][name] for name in sorted(tree[3]))]  # noqa: E731
+
+    def product(given: Any) -> Any:
+        gradients = body(path, case)(*given, d_out, d_log_sums)[2:]
+        return sum(jnp.vdot(g, a.astype(g.dtype)) for g, a in zip(gradients, flat(along), strict=True))
+
+    got = flat(quick(jax.grad(product))(tuple(given)))
+    step = 1e-5
+
+    def slopes(sign: float) -> list[np.ndarray]:
+        moved = jax.tree.map(lambda a, d: np.asarray(a, np.float64) + sign * step * d, tuple(given), along)
+        return loops(case, *moved, d_out, d_log_sums)[2:]
+
+    expected = [(a - b) / (2 * step) for a, b in zip(slopes(1), slopes(-1), strict=True)]
+    return assert_close(got, expected, BOUNDS[case.dtype])
+
+
 # The matrix ---------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +330,7 @@ class Feature(NamedTuple):
     chosen: bool = True
 
 
+SECOND = [name for name in CASES if name.startswith("gradients of gradients")]
 SPECIAL = {
     "a query with nothing to attend to": nothing_to_attend_to,
     "NaN, Inf in masked keys, values": hidden_keys,
@@ -318,8 +340,8 @@ SPECIAL = {
     "`vmap` over score tables": lifted,
     "`vmap` over gates": lifted,
     "forward mode: `jvp`, `hessian`": forward_mode,
-}
-UNCHOSEN = {"`vmap` over gates", "forward mode: `jvp`, `hessian`"}
+} | dict.fromkeys(SECOND, gradients_of_gradients)
+UNCHOSEN = {"`vmap` over gates", "scale of every head and its gradient", "forward mode: `jvp`, `hessian`", *SECOND}
 FEATURES = {name: Feature(case, SPECIAL.get(name, against_loops), name not in UNCHOSEN) for name, case in CASES.items()}
 COMPUTED = ("dense", "fused", "blockwise, several tiles", "blockwise, all heads at once")
 # The only refusals among the paths that are computed here, by kernel.

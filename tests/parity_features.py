@@ -137,6 +137,13 @@ TABLE = {"table": numbers(42, N, 7)}
 relative = lambda x, e: x + e["table"][:, np.clip(DISTANCE, -3, 3) + 3]  # noqa: E731
 two_axes = lambda x, e: (x.reshape(2, 2, *x.shape[1:]) + e["bias"]).reshape(x.shape)  # noqa: E731
 DROPPED = {"dropout_rate": 0.3, "dropout_key": jax.random.key(3)}
+EVERYTHING = Case(
+    lambda e: {"mask": masks.lengths(LENGTHS), "bias": e["bias"], "score": scores.relative(e["table"])},
+    UNPADDED,
+    lambda x, e: relative(x, e) + e["bias"],
+    TABLE | {"bias": numbers(47, N, 1, S)},
+    dropped=DROPPED,
+)
 
 CASES = {
     "nothing but q, k, v": Case(),
@@ -189,17 +196,16 @@ CASES = {
     "score of your own, gradient of what it closes over": scored(
         own, own_logits, {"factor": numbers(44, N), "near": numbers(45, 5)}
     ),
+    "scale of every head and its gradient": Case(
+        lambda e: {"scale": e["scale"]},
+        logits=lambda x, e: x * Sizes().h ** 0.5 * e["scale"],
+        extras={"scale": numbers(51, N, 1, 1)},
+    ),
     "sinks and their gradient": Case(
         lambda e: {"mask": PADDED_CAUSAL}, UNPADDED_CAUSAL, None, {"sinks": numbers(46, N)}
     ),
     "dropout": Case(dropped=DROPPED),
-    "dropout, mask, bias, score": Case(
-        lambda e: {"mask": masks.lengths(LENGTHS), "bias": e["bias"], "score": scores.relative(e["table"])},
-        UNPADDED,
-        lambda x, e: relative(x, e) + e["bias"],
-        TABLE | {"bias": numbers(47, N, 1, S)},
-        dropped=DROPPED,
-    ),
+    "dropout, mask, bias, score": EVERYTHING,
     "one key head for each query head": Case(sizes=Sizes(k=4)),
     "grouped heads, N = 6, K = 3": masked(masks.causal(), CAUSAL, sizes=Sizes(n=6, k=3)),
     "one key head for all": masked(masks.causal(), CAUSAL, sizes=Sizes(k=1)),
@@ -219,7 +225,7 @@ CASES = {
     "NaN, Inf in masked keys, values": masked(PADDED_CAUSAL, UNPADDED_CAUSAL),
     "NaN, Inf in a visible key, value, query": masked(PADDED_CAUSAL, UNPADDED_CAUSAL),
     "log-sum-exp and its gradient": masked(masks.lengths(LENGTHS) & masks.causal(), UNPADDED & CAUSAL),
-    "float64": masked(PADDED_CAUSAL, UNPADDED_CAUSAL, dtype="float64"),
+    "float64": masked(masks.causal() & masks.dense(ALL), CAUSAL & ALL, dtype="float64"),
     "bfloat16": masked(PADDED_CAUSAL, UNPADDED_CAUSAL, dtype="bfloat16"),
     "float16": masked(PADDED_CAUSAL, UNPADDED_CAUSAL, dtype="float16"),
     "`vmap` over the batch": masked(
@@ -229,6 +235,8 @@ CASES = {
     "`vmap` over gates": masked(PADDED_CAUSAL, UNPADDED_CAUSAL, extras={"gates": numbers(49, N)}),
     "mask as an argument of `jit`": masked(masks.lengths(LENGTHS) & masks.causal(), CAUSAL),
     "capture of weights, logits": masked(PADDED_CAUSAL, UNPADDED_CAUSAL),
+    "gradients of gradients": masked(PADDED_CAUSAL & masks.dense(ALL), UNPADDED_CAUSAL & ALL),
+    "gradients of gradients: mask, bias, score, dropout": EVERYTHING,
     "forward mode: `jvp`, `hessian`": masked(PADDED_CAUSAL, UNPADDED_CAUSAL),
     "`cached=True`": Case(lambda e: {"mask": PADDED_CAUSAL, "cached": True}, UNPADDED_CAUSAL),
 }  # fmt: skip

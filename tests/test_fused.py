@@ -11,7 +11,7 @@ from parity_features import Case, Sizes, booleans, masked
 from reference import numbers
 
 from mhajax import kernels, masks
-from mhajax.kernels import Tiling, bands, fused, fused_products, grid
+from mhajax.kernels import Tiling, bands, either, fused, fused_products, grid
 
 B, N, K, T, S, H, HV = 2, 6, 3, 7, 11, 5, 3
 ITEMS, ROWS = B * K, N // K * T  # what the backward pass goes through, and queries of each
@@ -388,3 +388,20 @@ def test_the_logits_of_all_heads_are_not_written_down(mask, batch, length, full_
     logits = batch * num_heads * length * length * 4
     assert needed["fused"].temp_size_in_bytes < logits / 4
     assert needed["dense"].temp_size_in_bytes >= logits
+
+
+def test_where_values_and_gradients_go_different_ways_gradients_have_gradients():
+    """Without a mask, more keys than one task has room for: fused for values, in tiles for the gradient."""
+    q, k, v = numbers(1, 1, 2, 270, 4), numbers(2, 1, 1, 270, 4), numbers(3, 1, 1, 270, 3)
+    assert kernels.explain(*[np.zeros((32, 2, 270, 4), np.float32)] * 3).gradient == "blockwise"
+
+    def gradient_of_gradient(path):
+        def loss(q, k, v):
+            return jnp.sum(jnp.sin(path(q, k, v)))
+
+        return parity.quick(jax.grad(lambda *given: jnp.sum(jax.grad(loss)(*given) ** 2), (0, 1, 2)))(q, k, v)
+
+    got = gradient_of_gradient(partial(either.attend, scale=0.5, tiling=Tiling(1, 90, 135)))
+    expected = gradient_of_gradient(attend("dense"))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max())

@@ -95,6 +95,11 @@ def test_everything_at_once_fully_optimised(full_compiles, monkeypatch):
     parity.against_loops(parity.Path("blockwise", Tiling(2, 5, 6)), CASES[EVERYTHING])
 
 
+def test_everything_at_once_in_64_bits(monkeypatch):
+    monkeypatch.setitem(parity.BOUNDS, "float64", "1e-9")  # the loops have their slopes from differences
+    parity.against_loops(parity.Path("blockwise", Tiling(2, 5, 6)), CASES[EVERYTHING]._replace(dtype="float64"))
+
+
 def test_a_long_odd_sequence_in_the_tiles_that_are_chosen():
     t, s = 1031, 1033
     given = numbers(1, 2, 2, t, 8), numbers(2, 2, 1, s, 8), numbers(3, 2, 1, s, 3)

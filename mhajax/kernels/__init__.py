@@ -40,7 +40,7 @@ def attend(
     mask: Mask | None = None,
     bias: Array | None = None,
     score: Callable[[Any, Any, Any, Any], Any] | None = None,
-    scale: float | None = None,
+    scale: float | Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     capture: Sequence[str] | Capture = (),
@@ -66,7 +66,8 @@ def attend(
       bias: added to the logits, broadcasts to [..., N, T, S]; -inf masks.
       score: function (score, head, q_position, k_position) → score of one scaled product, before bias and mask; what it
         closes over has gradients. `mhajax.scores` has the known ones.
-      scale: factor of the products; 1/√H if None.
+      scale: factor of the products, 1/√H if None; or an array that broadcasts to [..., N, T, 1], say [N, 1, 1] for one
+        of every head, which has a gradient: the queries are multiplied by it.
       dropout_rate: share of the weights that is dropped.
       dropout_key: PRNG key; None is no dropout. Every path drops the same weights.
       capture: any of "logits" (after score and bias, -inf where masked) and "weights" (before dropout), [..., N, T, S],
@@ -86,9 +87,9 @@ def attend(
 
     Raises:
       ValueError: if the kernel cannot do what is asked; it names one that can. If a score function does not give one
-        number.
+        number. If scale has another shape.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, scale = dense.scaled(q, scale)
     constants: tuple[Array, ...] = ()
     if score is not None:
         score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32))

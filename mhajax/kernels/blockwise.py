@@ -24,8 +24,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import precision
-from mhajax.kernels import grid, unshifted
-from mhajax.kernels.grid import Context, Operands, Static, Tile, Tiling
+from mhajax.kernels import finite, grid, unshifted, walk
+from mhajax.kernels.grid import Context, Operands, Static, Tiling
+from mhajax.kernels.loops import accumulate, times
+from mhajax.kernels.walk import Tile
 from mhajax.masks import Mask, Tokens
 
 
@@ -49,6 +51,7 @@ def attend(
     """The heads' outputs and the logarithm of every query's sum; the contract is that of `kernels.attend`.
 
     Forward-mode derivatives are not defined for this path: `jax.jvp`, `jax.jacfwd`, `jax.hessian` need the dense one.
+    Gradients of gradients hold every logit, as the dense path does.
 
     Args:
       q: [..., N, T, H].
@@ -93,7 +96,7 @@ def _attend(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple[Arr
 
     def marked(operands: Operands, arrays: grid.Arrays) -> tuple[Array, Array]:
         context, of_fine = known.joined(arrays)
-        lengths = grid.lengths_of(*operands[:3])
+        lengths = finite.lengths_of(*operands[:3])
         tiled = lambda: _forward(static, operands, context)  # noqa: E731
         if fine is None:
             out, log_sums = tiled()
@@ -103,7 +106,7 @@ def _attend(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple[Arr
         if not static.guarded:
             return out, log_sums
         nobody = lambda: jnp.zeros(log_sums.shape, bool)  # noqa: E731
-        spoilt = jax.lax.cond(lengths.finite, nobody, partial(grid.spoilt, static, operands, context))
+        spoilt = jax.lax.cond(lengths.finite, nobody, partial(walk.spoilt, static, operands, context))
         return jnp.where(spoilt[..., None], jnp.nan, out), jnp.where(spoilt, jnp.nan, log_sums)
 
     # Under a plain `vmap` both ways would be computed for every example.
@@ -121,25 +124,25 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple[Arra
     wide = jnp.promote_types(operands.q.dtype, jnp.float32)
 
     def one_chunk(index: Array) -> tuple[Array, Array]:
-        chunk = grid.chunk_of(static, operands, index)
-        q = grid.of_chunk(static, operands.q, chunk)
+        chunk = walk.chunk_of(static, operands, index)
+        q = walk.of_chunk(static, operands.q, chunk)
 
         def one_row(row: Array) -> tuple[Array, Array]:
-            asking, rest = grid.scaled(static, grid.cut_tokens(static, q, row, rows))
+            asking, rest = walk.scaled(static, walk.cut_tokens(static, q, row, rows))
 
             def visited(tile: Tile, state: tuple | None) -> tuple:
-                k, v = (grid.cut_tokens(static, a, tile.column, columns) for a in (chunk.k, chunk.v))
+                k, v = (walk.cut_tokens(static, a, tile.column, columns) for a in (chunk.k, chunk.v))
                 raw = precision.einsum("cth,csh->cts", asking, k) * rest
-                bias = grid.bias_of(static, operands.bias, tile)
-                logits = grid.logits(static, context, tile, raw, bias, operands.constants)
-                top = jnp.max(logits, axis=-1)
+                bias = walk.bias_of(static, operands.bias, tile)
+                logits = walk.logits(static, context, tile, raw, bias, operands.constants)
+                top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))  # a shift changes nothing
                 if state is not None:
                     top = jnp.maximum(top, state[1])
                 safe = jnp.where(top == -jnp.inf, 0, top)
                 weights = jnp.exp(logits - safe[..., None])
                 total = jnp.sum(weights, axis=-1)
                 if static.dropout_rate:
-                    weights = jnp.where(grid.kept(static, context, tile), weights * (1 / (1 - static.dropout_rate)), 0)
+                    weights = jnp.where(walk.kept(static, context, tile), weights * (1 / (1 - static.dropout_rate)), 0)
                 out = precision.einsum("cts,csh->cth", precision.narrow(weights, v), v)
                 if state is not None:
                     shrink = jnp.exp(state[1] - safe)
@@ -150,26 +153,27 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple[Arra
             if context.order.shape[-1] > 1:
                 zeros = jnp.zeros((items, rows, operands.v.shape[-1] + 1), wide)
                 state = zeros[..., 1:], jnp.full((items, rows), -jnp.inf, wide), zeros[..., 0]
-            out, top, total = grid.visit(context, chunk, row, visited, state)
+            out, top, total = walk.visit(context, chunk, row, visited, state)
             nothing = total == 0
             total = jnp.where(nothing, 1, total)
             log_sum = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
             return out / total[..., None], log_sum
 
-        out, log_sum = grid.times(one_row, operands.q.shape[1] // rows)  # [t_tiles, c, rows, …]
-        return grid.joined(out), grid.joined(log_sum)
+        out, log_sum = times(one_row, operands.q.shape[1] // rows)  # [t_tiles, c, rows, …]
+        return walk.joined(out), walk.joined(log_sum)
 
-    chunks = grid.times(one_chunk, operands.q.shape[0] // items)
+    chunks = times(one_chunk, operands.q.shape[0] // items)
     out, log_sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), chunks)
     return out, log_sums
 
 
-def _backward(fixed: _Fixed, saved: tuple, cotangents: tuple) -> tuple[Operands, None]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pull(
+    fixed: _Fixed, operands: Operands, arrays: grid.Arrays, out: Array, log_sums: Array, d_out: Array, d_log_sums: Array
+) -> Operands:
     """Gradients of all operands, one block of queries after another; keys' and values' are summed up transposed."""
     static, _, known = fixed
-    operands, arrays, out, log_sums = saved
     context = known.joined(arrays)[0]
-    d_out, d_log_sums = cotangents
     items, rows, columns = static.tiling
     wide = jnp.promote_types(operands.q.dtype, jnp.float32)
     # The gradient of a weight's logit is weight · (its own gradient - delta).
@@ -180,22 +184,22 @@ def _backward(fixed: _Fixed, saved: tuple, cotangents: tuple) -> tuple[Operands,
         delta = jnp.where(spoilt, 0, delta)
 
     def one_chunk(d_shared: Any, index: Array) -> tuple[Any, tuple]:
-        chunk = grid.chunk_of(static, operands, index)
-        q, *others = (grid.of_chunk(static, a, chunk) for a in (operands.q, d_out, log_sums, delta))
+        chunk = walk.chunk_of(static, operands, index)
+        q, *others = (walk.of_chunk(static, a, chunk) for a in (operands.q, d_out, log_sums, delta))
 
         def one_row(state: tuple, row: Array) -> tuple[tuple, Array]:
-            asking = grid.cut_tokens(static, q, row, rows)
-            d_asked, log_sum, lost = (grid.cut(a, 1, row, rows) for a in others)
+            asking = walk.cut_tokens(static, q, row, rows)
+            d_asked, log_sum, lost = (walk.cut(a, 1, row, rows) for a in others)
             # A product whose left side is transposed is slow on CPU: turn the thin side, not the weights.
             turned = jax.lax.optimization_barrier(tuple(jnp.swapaxes(a, 1, 2) for a in (asking, d_asked)))
-            asking, rest = grid.scaled(static, asking)
+            asking, rest = walk.scaled(static, asking)
 
             def visited(tile: Tile, state: tuple) -> tuple:
                 d_k, d_v, (d_bias, d_constants), d_q = state
-                k, v = (grid.cut_tokens(static, a, tile.column, columns) for a in (chunk.k, chunk.v))
+                k, v = (walk.cut_tokens(static, a, tile.column, columns) for a in (chunk.k, chunk.v))
                 raw = precision.einsum("cth,csh->cts", asking, k) * rest
-                bias = grid.bias_of(static, operands.bias, tile)
-                logits = partial(grid.logits, static, context, tile)
+                bias = walk.bias_of(static, operands.bias, tile)
+                logits = partial(walk.logits, static, context, tile)
                 d_logits_to_raw = None
                 if static.score is None:
                     scores = logits(raw, bias, operands.constants)
@@ -206,14 +210,14 @@ def _backward(fixed: _Fixed, saved: tuple, cotangents: tuple) -> tuple[Operands,
                 weights = jnp.exp(scores - log_sum[..., None])
                 d_weights, kept_weights = precision.einsum("cth,csh->cts", d_asked, v), weights
                 if static.dropout_rate:
-                    factor = jnp.where(grid.kept(static, context, tile), 1 / (1 - static.dropout_rate), 0).astype(wide)
+                    factor = jnp.where(walk.kept(static, context, tile), 1 / (1 - static.dropout_rate), 0).astype(wide)
                     kept_weights, d_weights = weights * factor, d_weights * factor
                 d_raw = d_logits = weights * (d_weights - lost[..., None])
                 if d_logits_to_raw is not None:
                     d_raw, more = d_logits_to_raw(d_logits)
                     d_constants = jax.tree.map(jnp.add, d_constants, more)
                 if d_bias is not None:
-                    d_bias = grid.add_to_bias(static, d_bias, d_logits, tile)
+                    d_bias = walk.add_to_bias(static, d_bias, d_logits, tile)
                 d_raw, kept_weights = precision.narrow(d_raw, k), precision.narrow(kept_weights, v)
                 d_q = d_q + precision.einsum("cts,csh->cth", d_raw, k)
                 d_k = _add(d_k, precision.einsum("cht,cts->chs", turned[0], d_raw), tile.column * columns)
@@ -221,15 +225,15 @@ def _backward(fixed: _Fixed, saved: tuple, cotangents: tuple) -> tuple[Operands,
                 return d_k, d_v, (d_bias, d_constants), d_q
 
             d_q = jnp.zeros((items, rows, operands.q.shape[-1]), wide)
-            *sums, d_q = grid.visit(context, chunk, row, visited, (*state, d_q))
+            *sums, d_q = walk.visit(context, chunk, row, visited, (*state, d_q))
             return tuple(sums), (d_q * static.scale).astype(operands.q.dtype)
 
         d_k, d_v = (jnp.zeros((items, a.shape[-1], a.shape[1]), wide) for a in (operands.k, operands.v))
-        (d_k, d_v, d_shared), d_q = grid.accumulate(one_row, (d_k, d_v, d_shared), operands.q.shape[1] // rows)
-        return d_shared, (grid.joined(d_q), d_k, d_v)
+        (d_k, d_v, d_shared), d_q = accumulate(one_row, (d_k, d_v, d_shared), operands.q.shape[1] // rows)
+        return d_shared, (walk.joined(d_q), d_k, d_v)
 
     d_shared = jax.tree.map(lambda a: jnp.zeros(a.shape, wide), (operands.bias, operands.constants))
-    d_shared, (d_q, d_k, d_v) = grid.accumulate(one_chunk, d_shared, operands.q.shape[0] // items)
+    d_shared, (d_q, d_k, d_v) = accumulate(one_chunk, d_shared, operands.q.shape[0] // items)
     group = operands.q.shape[0] // operands.k.shape[0]
 
     def ungrouped(d: Array, like: Array, factor: float) -> Array:
@@ -240,10 +244,39 @@ def _backward(fixed: _Fixed, saved: tuple, cotangents: tuple) -> tuple[Operands,
 
     d_bias, d_constants = jax.tree.map(lambda d, a: d.astype(a.dtype), d_shared, (operands.bias, operands.constants))
     d_k, d_v = ungrouped(d_k, operands.k, static.scale), ungrouped(d_v, operands.v, 1.0)
-    return Operands(d_q.reshape(operands.q.shape), d_k, d_v, d_bias, d_constants), None
+    return Operands(d_q.reshape(operands.q.shape), d_k, d_v, d_bias, d_constants)
+
+
+def _backward(fixed: _Fixed, saved: tuple, cotangents: tuple) -> tuple[Operands, None]:
+    gradients: Any = _pull(fixed, *saved, *cotangents)
+    return gradients, None
 
 
 _attend.defvjp(_attend_and_keep, _backward)
+
+
+def _pull_and_keep(fixed: _Fixed, operands: Operands, arrays: grid.Arrays, *results: Array) -> tuple:
+    gradients: Any = _pull(fixed, operands, arrays, *results)
+    return gradients, (operands, arrays, *results[1:])
+
+
+def _second(fixed: _Fixed, saved: tuple, cotangents: Operands) -> tuple:
+    """Derivatives of the gradients: a loop that stops when it is told has none, so it is all logits in one tile."""
+    static, _, known = fixed
+    operands, arrays, log_sums, *given = saved
+    whole, context = grid.in_one_tile(static, operands, known.joined(arrays)[0])
+    if static.guarded:
+        spoilt = jnp.isnan(log_sums)
+        given = [jnp.where(spoilt[..., None] if d.ndim > 2 else spoilt, 0, d) for d in given]
+
+    def gradients(operands: Operands, *given: Array) -> Operands:
+        return jax.vjp(lambda operands: _forward(whole, operands, context), operands)[1](tuple(given))[0]
+
+    d_operands, *d_given = jax.vjp(gradients, operands, *given)[1](cotangents)
+    return d_operands, None, None, None, *d_given
+
+
+_pull.defvjp(_pull_and_keep, _second)
 
 
 def _add(total: Array, part: Array, start: Array) -> Array:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mhajax import dropout, precision
@@ -165,17 +166,27 @@ def _scored(score: Callable, head: Array, q_position: Array, k_position: Array, 
     return score(logits, head, q_position, k_position, *constants)
 
 
-def full_rank(name: str, array: Array, full: tuple[int, ...]) -> Array:
-    """The array with 1 for the axes that it lacks: [..., 1 or N, t, s].
+def scaled(q: Array, scale: float | Array | None) -> tuple[Array, float]:
+    """The queries, and the number by which their products are multiplied; an array is multiplied into the queries."""
+    if scale is None:
+        return q, q.shape[-1] ** -0.5
+    if not isinstance(scale, jax.Array | np.ndarray):
+        return q, scale
+    scale = full_rank("scale", jnp.asarray(scale), (*q.shape[:-1], 1), "[..., N, T, 1]")
+    return (q * scale.astype(jnp.promote_types(q.dtype, jnp.float32))).astype(q.dtype), 1.0
+
+
+def full_rank(name: str, array: Array, full: tuple[int, ...], axes: str = "[..., N, T, S]") -> Array:
+    """The array with 1 for the axes that it lacks: [..., 1 or N, t, s]. What the axes are called is for the error.
 
     Raises:
       ValueError: if it does not broadcast to the full shape.
     """
-    array = array.reshape((1,) * (len(full) - array.ndim) + array.shape)
+    given = array.shape
+    array = array.reshape((1,) * (len(full) - array.ndim) + given)
     if array.ndim > len(full) or any(have not in (1, want) for have, want in zip(array.shape, full, strict=True)):
         raise ValueError(
-            f"attention: {name} must broadcast to [..., N, T, S] = {full}, got {array.shape}; "
-            "use 1 for an axis that is shared."
+            f"attention: {name} must broadcast to {axes} = {full}, got {array.shape}; use 1 for an axis that is shared."
         )
     return array
 

@@ -91,3 +91,22 @@ def mark(
         "logits": lambda: bad(pairs(spoilt, mask, bias, queries, keys)),
     }
     return heads, {name: array + marks[name]() for name, array in captured.items()}
+
+
+class Lengths(NamedTuple):
+    """The largest length of a vector of every head; not finite if any of the head's numbers is not."""
+
+    q: Array  # [B·N]
+    k: Array  # [B·K]
+    v: Array  # [B·K]
+
+    @property
+    def finite(self) -> Array:
+        """Whether all are, bool []."""
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in self]))
+
+
+def lengths_of(*arrays: Array) -> Lengths:
+    """Those of q [B·N, T, H], k [B·K, S, H] and v [B·K, S, Hv]."""
+    wide = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays)
+    return Lengths(*(jnp.sqrt(jnp.max(jnp.sum(a * a, axis=-1), axis=-1, initial=0)) for a in wide))

@@ -17,7 +17,8 @@ from jax import Array
 from mhajax import precision
 from mhajax.kernels import finite
 from mhajax.kernels.bands import LEAST_ROWS, Band, Bands, bound_of, compared, part
-from mhajax.kernels.grid import fitting, times
+from mhajax.kernels.grid import fitting
+from mhajax.kernels.loops import times
 
 TASK = 256  # keys, and queries, whose logits one task of XLA's library has room for
 _BLOCK = 64  # queries of a task that has more keys

@@ -64,7 +64,7 @@ def attend(
     keys: Tokens | None = None,
     mask: Mask | None = None,
     score: Callable[[Any, Any, Any, Any], Any] | None = None,
-    scale: float | None = None,
+    scale: float | Array | None = None,
     kernel: str = "auto",
 ) -> tuple[Array, Array]:
     """What `kernels.attend` gives for the whole sequence: this device's part of it. Call it inside `shard_map`:
@@ -102,9 +102,10 @@ def attend(
     constants: tuple[Array, ...] = ()
     if score is not None:
         score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32))
+    q, scale = dense.scaled(q, scale)
     queries = _tokens(axis_name, q.shape[-2], queries)
     keys = _tokens(axis_name, k.shape[-2], keys)
-    static = _Static(axis_name, kernel, q.shape[-1] ** -0.5 if scale is None else scale, score)
+    static = _Static(axis_name, kernel, scale, score)
     whole: Any = lambda operands: _attend(static, operands, _Context(mask, queries, keys))  # noqa: E731
     if mask is None:
         return whole(_Operands(q, k, v, constants))

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import dropout, precision
-from mhajax.kernels import grid, pairs, patches, row_layout
+from mhajax.kernels import pairs, patches, row_layout
+from mhajax.kernels.loops import accumulate, times
 from mhajax.kernels.row_layout import Answering, Asked, Asking, First, Given
 
 
@@ -54,7 +55,6 @@ def look(
       real: bool [..., T], queries that count in "column_sums".
     """
     *leading, num_heads, length, _ = q.shape
-    *leading, num_heads, length, _ = q.shape
     asked = Asked(tuple(leading), (num_heads, length, k.shape[-2]), heads, rows)
     asking, answering, given = row_layout.lay_out(q, k, v, given, asked, log_sums, real)
     words = dropout.words(given.dropout_key) if given.dropout_rate and given.dropout_key is not None else None
@@ -74,9 +74,9 @@ def look(
             return None if total is None else total + found.pop("column_sums"), found
 
         nothing = jnp.zeros((examples, of_heads, k.shape[-2]), _wide(q)) if "column_sums" in names else None
-        return grid.accumulate(some_rows, nothing, in_rows)
+        return accumulate(some_rows, nothing, in_rows)
 
-    totals, found = grid.times(some_heads, in_examples * in_heads)
+    totals, found = times(some_heads, in_examples * in_heads)
     *items, size = asked.sizes
     joined = lambda a: a.reshape(*items, in_rows * of_rows, *a.shape[5:])[:, :, :size]  # noqa: E731
     found = {name: joined(array) for name, array in found.items()}

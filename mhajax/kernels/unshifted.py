@@ -19,8 +19,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import precision
-from mhajax.kernels import finite, grid
-from mhajax.kernels.grid import Context, Lengths, Operands, Static, Tile
+from mhajax.kernels import finite, walk
+from mhajax.kernels.finite import Lengths
+from mhajax.kernels.grid import Context, Operands, Static
+from mhajax.kernels.loops import times
+from mhajax.kernels.walk import Tile
 
 LARGEST = 60.0  # logit
 _EXPONENT = 75.0  # of a sum of weights times values, in nats; float32 has 87 on either side
@@ -28,7 +31,7 @@ _EXPONENT = 75.0  # of a sum of weights times values, in nats; float32 has 87 on
 
 def suits(static: Static, operands: Operands, lengths: Lengths) -> Array:
     """Whether no logit of any head can be large, what is not finite aside: bool []."""
-    without = lambda: grid.lengths_of(*(finite.healed(a)[0] for a in operands[:3]))  # noqa: E731
+    without = lambda: finite.lengths_of(*(finite.healed(a)[0] for a in operands[:3]))  # noqa: E731
     q, k, v = jax.lax.cond(lengths.finite, lambda: lengths, without)
     largest = jnp.max(q.reshape(k.size, -1), axis=-1) * k * abs(static.scale)  # Cauchy-Schwarz
     of_sums = largest + jnp.abs(jnp.log(v)) + math.log(max(1, static.num_keys))
@@ -44,18 +47,18 @@ def forward(static: Static, operands: Operands, context: Context) -> tuple[Array
     of_sums = jnp.zeros(values.shape[-1], wide).at[-1].set(1)
 
     def one_chunk(index: Array) -> tuple[Array, Array]:
-        chunk = grid.chunk_of(static, operands._replace(v=values), index)
-        q = grid.of_chunk(static, operands.q, chunk)
+        chunk = walk.chunk_of(static, operands._replace(v=values), index)
+        q = walk.of_chunk(static, operands.q, chunk)
 
         def one_row(row: Array) -> tuple[Array, Array]:
-            asking, rest = grid.scaled(static, grid.cut_tokens(static, q, row, rows))
+            asking, rest = walk.scaled(static, walk.cut_tokens(static, q, row, rows))
 
             def visited(tile: Tile, state: Array) -> Array:
                 k, v = jax.lax.optimization_barrier(
-                    tuple(grid.cut_tokens(static, a, tile.column, columns) for a in (chunk.k, chunk.v))
+                    tuple(walk.cut_tokens(static, a, tile.column, columns) for a in (chunk.k, chunk.v))
                 )
                 raw = precision.einsum("cth,csh->cts", asking, k) * rest
-                weights = jnp.exp(grid.logits(static, context, tile, raw, None, ()))
+                weights = jnp.exp(walk.logits(static, context, tile, raw, None, ()))
                 # The sum must be a reduction, not a product with ones: only that makes it one loop.
                 return (
                     state
@@ -63,15 +66,15 @@ def forward(static: Static, operands: Operands, context: Context) -> tuple[Array
                     + jnp.sum(weights, axis=-1, keepdims=True) * of_sums
                 )
 
-            state = grid.visit(context, chunk, row, visited, jnp.zeros((items, rows, values.shape[-1]), wide))
+            state = walk.visit(context, chunk, row, visited, jnp.zeros((items, rows, values.shape[-1]), wide))
             out, total = state[..., :-1], state[..., -1]
             nothing = total == 0
             log_sum = jnp.where(nothing, -jnp.inf, jnp.log(jnp.where(nothing, 1, total)))
             return out / jnp.where(nothing, 1, total)[..., None], log_sum
 
-        out, log_sum = grid.times(one_row, operands.q.shape[1] // rows)
-        return grid.joined(out), grid.joined(log_sum)
+        out, log_sum = times(one_row, operands.q.shape[1] // rows)
+        return walk.joined(out), walk.joined(log_sum)
 
-    chunks = grid.times(one_chunk, operands.q.shape[0] // items)
+    chunks = times(one_chunk, operands.q.shape[0] // items)
     out, log_sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), chunks)
     return out, log_sums

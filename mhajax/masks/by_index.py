@@ -117,7 +117,8 @@ class _Entry(Mask):
             (keys.start - self.origin[1], keys.size),
         )
         places = [(0, 1) if size == 1 else place for size, place in zip(self.array.shape, wanted, strict=True)]
-        return jax.lax.dynamic_slice(self.array, [start for start, _ in places], [size for _, size in places])[0, 0]
+        starts = [jnp.asarray(start, jnp.int32) for start, _ in places]  # of one dtype, in 64 bits too
+        return jax.lax.dynamic_slice(self.array, starts, [size for _, size in places])[0, 0]
 
 
 def lay_out_pairs(

@@ -1,0 +1,24 @@
+"""Loops over 0 … count - 1 that are none where there is one round only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def times(body: Callable, count: int) -> Any:
+    """`lax.map` of a function of the index over 0 … count - 1, without a loop if there is only one."""
+    if count == 1:
+        return jax.tree.map(lambda a: a[None], body(jnp.int32(0)))
+    return jax.lax.map(body, jnp.arange(count, dtype=jnp.int32))
+
+
+def accumulate(body: Callable, state: Any, count: int) -> tuple[Any, Any]:
+    """`lax.scan` over 0 … count - 1, without a loop if there is only one."""
+    if count == 1:
+        state, out = body(state, jnp.int32(0))
+        return state, jax.tree.map(lambda a: a[None], out)
+    return jax.lax.scan(body, state, jnp.arange(count, dtype=jnp.int32))
