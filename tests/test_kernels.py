@@ -10,7 +10,7 @@ import numpy as np
 import parity
 import pytest
 from parity import COMPUTED, FEATURES, REFUSED
-from parity_features import CASES, CAUSAL, Sizes
+from parity_features import CASES, CAUSAL, Sizes, booleans
 from reference import numbers
 
 from mhajax import attention, dropout, kernels, masks, scores
@@ -98,6 +98,20 @@ def test_everything_at_once_fully_optimised(full_compiles, monkeypatch):
 def test_everything_at_once_in_64_bits(monkeypatch):
     monkeypatch.setitem(parity.BOUNDS, "float64", "1e-9")  # the loops have their slopes from differences
     parity.against_loops(parity.Path("blockwise", Tiling(2, 5, 6)), CASES[EVERYTHING]._replace(dtype="float64"))
+
+
+def test_a_score_may_close_over_traced_integers_and_booleans():
+    def loss(table, kernel, places, near):
+        score = lambda x, head, q, k: jnp.where(near[q, k], x, table[places[k]])  # noqa: E731
+        return jnp.sum(
+            jnp.sin(attend(7, 9, kernel, score=score)(*(numbers(i, 2, n, 4) for i, n in enumerate((7, 9, 9)))))
+        )
+
+    given = jnp.arange(9, dtype=jnp.uint32)[::-1], jnp.asarray(booleans(3, 7, 9))
+    gradient = parity.quick(jax.grad(loss), static_argnums=1)
+    got, expected = (gradient(jnp.sin(jnp.arange(9.0)), kernel, *given) for kernel in ("blockwise", "dense"))
+    assert np.all(expected != 0)
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_a_long_odd_sequence_in_the_tiles_that_are_chosen():

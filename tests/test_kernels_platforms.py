@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mhajax import kernels, masks, scores
-from mhajax.kernels import choice, cudnn, guard, ring
+from mhajax.kernels import choice, cudnn, devices, guard, ring
 from mhajax.masks import Tokens, tokens
 
 ROOT = Path(__file__).parent.parent
@@ -249,15 +249,15 @@ def run(function, **environment):
 
 def ring_results():
     """Largest relative errors of the ring on 8 devices against dense, by case: in float64, but for one."""
-    devices = jax.device_count()
-    assert devices == 8
+    size = jax.device_count()
+    assert size == 8
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("sequence",))
     cut, shared = jax.sharding.PartitionSpec(None, None, "sequence"), jax.sharding.PartitionSpec()
-    t, s = devices * 5, devices * 7
+    t, s = size * 5, size * 7
     random = np.random.default_rng(5)
     packed = masks.segments(random.integers(0, 3, (B, t)), random.integers(0, 3, (B, s)))
     packed = masks.causal() & packed & masks.lengths(np.array([50, 0]))
-    striped = [np.arange(n).reshape(-1, devices).T.reshape(-1) for n in (t, s)]
+    striped = [np.arange(n).reshape(-1, size).T.reshape(-1) for n in (t, s)]
 
     def both(attend_all, order):
         """Heads, log-sum-exp and gradients, the score's constants included."""
@@ -282,7 +282,7 @@ def ring_results():
         def on_ring(q, k, v, slopes):
             def one_device(q, k, v, slopes, asking, answering):
                 i = jax.lax.axis_index("sequence")
-                places = Tokens(i * (t // devices), asking), Tokens(i * (s // devices), answering)
+                places = Tokens(i * (t // size), asking), Tokens(i * (s // size), answering)
                 return ring.attend(
                     q, k, v, axis_name="sequence", mask=mask, kernel=kernel, score=of_score(slopes),
                     queries=None if plain else places[0], keys=None if plain else places[1],
@@ -363,6 +363,70 @@ def test_only_outside_of_shard_map_the_compiler_may_partition(on_the_ring):
 def test_the_ring_takes_dense_or_blockwise_parts_only():
     with pytest.raises(ValueError, match="kernels.ring: kernel must be auto, dense or blockwise, got 'splash'"):
         ring.attend(*heads_of(), axis_name="sequence", kernel="splash")
+
+
+def cut_results():
+    """Largest relative errors inside `shard_map`, with its check on, against outside: heads, entropy, gradients."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
+    assert jax.device_count() == 2
+    shared, first = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("devices")
+    t = 12
+    q, k, v, slopes = *heads_of(t), normal(N, seed=9)
+    every = {"lengths": jnp.asarray(LENGTHS), "places": jnp.arange(t)}
+    vary = functools.partial(devices.over, {"devices"})
+
+    def errors(cuts, kernel, mask, look=True, score=False):
+        """The axes along which q and the positions, and k, v and lengths are cut."""
+
+        def local(q, k, v, slopes, lengths, places, inside=True):
+            of_score = {"score": scores.slope(vary(slopes) if inside else slopes)} if score else {}
+            heads, seen = kernels.attend(
+                q, k, v, queries=Tokens(0, places), keys=tokens(S), mask=mask(lengths), kernel=kernel, **of_score,
+                capture=("entropy",) if look else (),
+            )  # fmt: skip
+            return heads, *seen.values()
+
+        def both(function):
+            def of_arrays(*arrays):
+                out, pull = jax.vjp(lambda *a: function(*a, every["lengths"], every["places"]), *arrays)
+                return out, pull(
+                    jax.tree.map(lambda a: jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), out)
+                )
+
+            return jax.tree.leaves(jax.jit(of_arrays)(q, k, v, slopes))
+
+        spread = jax.shard_map(local, mesh=mesh, in_specs=cuts, out_specs=cuts[0])
+        return max(map(error, both(spread), both(functools.partial(local, inside=False))))
+
+    rows = jax.sharding.PartitionSpec(None, None, "devices")
+    batch, queries = (first, first, first, shared, first, shared), (rows, shared, shared, shared, shared, first)
+    nobody, causal, padded = (lambda _: None), (lambda _: masks.causal()), masks.lengths
+    found = {}
+    for path in ("dense", "fused", "blockwise"):
+        found[f"{path}, batch"] = errors(batch, path, padded)
+        found[f"{path}, batch, nothing is looked at"] = errors(batch, path, nobody, look=False)
+        found[f"{path}, queries"] = errors(queries, path, causal)
+        if path != "fused":
+            found[f"{path}, batch, score"] = errors(batch, path, causal, score=True)
+
+    vary = lambda a: a  # noqa: E731
+    try:
+        errors(batch, "blockwise", causal, score=True)
+    except ValueError as refused:
+        found["refused"] = str(refused)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cut_over_devices():
+    return run("cut_results", JAX_NUM_CPU_DEVICES="2", JAX_ENABLE_X64="1", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+
+
+def test_inside_shard_map_with_its_check_the_numbers_are_those_outside(cut_over_devices):
+    refused = cut_over_devices.pop("refused")
+    assert len(cut_over_devices) == 11
+    assert {name: e for name, e in cut_over_devices.items() if not e < 2e-6} == {}
+    assert "float32[6] that is the same on all devices" in refused and "check_vma=False" in refused
 
 
 def tpu_results():

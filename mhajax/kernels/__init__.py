@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from mhajax.interventions import Capture, Patch, as_capture
-from mhajax.kernels import blockwise, cudnn, dense, either, fused, rows, splash
+from mhajax.kernels import blockwise, cudnn, dense, devices, either, fused, rows, splash
 from mhajax.kernels.choice import NAMES, Choice, Request, choose, spread
 from mhajax.kernels.grid import Tiling
 from mhajax.kernels.pairs import hoist
@@ -92,11 +92,13 @@ def attend(
     q, scale = dense.scaled(q, scale)
     constants: tuple[Array, ...] = ()
     if score is not None:
-        score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32))
+        score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32), q, k, v, mask, queries, keys, bias)
     if dropout_key is None:
         dropout_rate = 0.0
     if bias is not None:
         bias = dense.full_rank("bias", bias, (*q.shape[:-1], k.shape[-2]))
+    everything = q, k, v, mask, queries, keys, bias, dropout_key
+    q, k, v, mask, queries, keys, bias, dropout_key = devices.over(devices.axes(everything, constants), everything)
     request = Request(
         jax.default_backend(), q, k, v, mask, queries, keys, bias is not None, score is not None, bool(dropout_rate),
         log_sum_exp=False, cached=cached, spread=spread(),

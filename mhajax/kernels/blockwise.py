@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import precision
-from mhajax.kernels import finite, grid, unshifted, walk
+from mhajax.kernels import devices, finite, grid, unshifted, walk
 from mhajax.kernels.grid import Context, Operands, Static, Tiling
 from mhajax.kernels.loops import accumulate, times
 from mhajax.kernels.walk import Tile
@@ -105,7 +105,7 @@ def _attend(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple[Arr
             out, log_sums = jax.lax.cond(small, partial(unshifted.forward, fine, operands, of_fine), tiled)
         if not static.guarded:
             return out, log_sums
-        nobody = lambda: jnp.zeros(log_sums.shape, bool)  # noqa: E731
+        nobody = lambda: jnp.zeros_like(log_sums, bool)  # noqa: E731
         spoilt = jax.lax.cond(lengths.finite, nobody, partial(walk.spoilt, static, operands, context))
         return jnp.where(spoilt[..., None], jnp.nan, out), jnp.where(spoilt, jnp.nan, log_sums)
 
@@ -151,8 +151,8 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple[Arra
 
             state = None  # of one tile: nothing came before
             if context.order.shape[-1] > 1:
-                zeros = jnp.zeros((items, rows, operands.v.shape[-1] + 1), wide)
-                state = zeros[..., 1:], jnp.full((items, rows), -jnp.inf, wide), zeros[..., 0]
+                zeros = jnp.zeros_like(q, wide, (items, rows, operands.v.shape[-1] + 1))
+                state = zeros[..., 1:], jnp.full_like(zeros[..., 0], -jnp.inf), zeros[..., 0]
             out, top, total = walk.visit(context, chunk, row, visited, state)
             nothing = total == 0
             total = jnp.where(nothing, 1, total)
@@ -224,15 +224,16 @@ def _pull(
                 d_v = _add(d_v, precision.einsum("cht,cts->chs", turned[1], kept_weights), tile.column * columns)
                 return d_k, d_v, (d_bias, d_constants), d_q
 
-            d_q = jnp.zeros((items, rows, operands.q.shape[-1]), wide)
+            d_q = jnp.zeros_like(asking, wide)
             *sums, d_q = walk.visit(context, chunk, row, visited, (*state, d_q))
             return tuple(sums), (d_q * static.scale).astype(operands.q.dtype)
 
-        d_k, d_v = (jnp.zeros((items, a.shape[-1], a.shape[1]), wide) for a in (operands.k, operands.v))
+        d_k, d_v = (jnp.zeros_like(a, wide, (items, a.shape[-1], a.shape[1])) for a in (operands.k, operands.v))
         (d_k, d_v, d_shared), d_q = accumulate(one_row, (d_k, d_v, d_shared), operands.q.shape[1] // rows)
         return d_shared, (walk.joined(d_q), d_k, d_v)
 
-    d_shared = jax.tree.map(lambda a: jnp.zeros(a.shape, wide), (operands.bias, operands.constants))
+    given = operands.bias, operands.constants
+    d_shared = devices.over(devices.axes(operands), jax.tree.map(lambda a: jnp.zeros_like(a, wide), given))
     d_shared, (d_q, d_k, d_v) = accumulate(one_chunk, d_shared, operands.q.shape[0] // items)
     group = operands.q.shape[0] // operands.k.shape[0]
 
@@ -242,7 +243,7 @@ def _pull(
         d = d[:, 0] if group == 1 else jnp.sum(d, axis=1)
         return (jnp.swapaxes(d, 1, 2) * factor).astype(like.dtype)
 
-    d_bias, d_constants = jax.tree.map(lambda d, a: d.astype(a.dtype), d_shared, (operands.bias, operands.constants))
+    d_bias, d_constants = jax.tree.map(lambda d, a: d.astype(a.dtype), d_shared, given)
     d_k, d_v = ungrouped(d_k, operands.k, static.scale), ungrouped(d_v, operands.v, 1.0)
     return Operands(d_q.reshape(operands.q.shape), d_k, d_v, d_bias, d_constants)
 

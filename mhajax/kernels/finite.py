@@ -75,7 +75,7 @@ def reached(
     """Queries that see something spoilt, bool [..., N, T]. Pairs are looked at only if there is anything."""
     look = lambda: jnp.any(pairs(spoilt, mask, bias, queries, keys), axis=-1)  # noqa: E731
     anything = jnp.any(spoilt.queries) | jnp.any(spoilt.keys)
-    return jax.lax.cond(anything, look, lambda: jnp.zeros(shape[:-1], bool))
+    return jax.lax.cond(anything, look, lambda: jnp.zeros_like(anything, shape=shape[:-1]))
 
 
 def mark(

@@ -8,16 +8,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.extend import core
 
+from mhajax.kernels import devices
 
-def hoist(score: Callable, dtype: Any) -> tuple[Callable, tuple[Array, ...]]:
-    """A score function as one of (score, head, q_position, k_position, *constants), and the arrays it closes over.
 
-    A custom derivative sees only its arguments, so what a user's function closes over has to become one of them.
+def hoist(score: Callable, dtype: Any, *others: Any) -> tuple[Callable, tuple[Array, ...]]:
+    """A score function as one of (score, head, q_position, k_position, *constants), and the constants.
+
+    A custom derivative sees only its arguments, so the traced arrays that a user's function closes over have to become
+    arguments. Those whose numbers are there need no gradient and stay where they are.
+
+    Args:
+      score: the function.
+      dtype: of the scores.
+      *others: what the scores are made from.
 
     Raises:
-      ValueError: if the function does not give one number.
+      ValueError: if the function does not give one number. If, inside `shard_map`, a traced array is the same on all
+        devices and the others are not: its gradient would be summed over them in every tile.
     """
     example = (jax.ShapeDtypeStruct((), dtype), *[jax.ShapeDtypeStruct((), jnp.int32)] * 3)
     traced, out = jax.make_jaxpr(score, return_shape=True)(*example)
@@ -26,14 +36,45 @@ def hoist(score: Callable, dtype: Any) -> tuple[Callable, tuple[Array, ...]]:
             "kernels: score must give one number for (score, head, q_position, k_position), which are single numbers, "
             f"got {jax.tree.map(lambda a: f'{a.dtype}{list(a.shape)}', out)}; index arrays by head and positions."
         )
-    constants = tuple(jnp.asarray(constant) for constant in traced.consts)
+    varying = devices.axes(others, traced.consts)
+    if varying:
+        traced = jax.make_jaxpr(score)(*devices.over(varying, [jnp.zeros((), a.dtype) for a in example]))
+    given = [constant if isinstance(constant, Tracer) else None for constant in traced.consts]
+    constants = tuple(constant for constant in given if constant is not None)
+    for constant in constants:
+        if missing := varying - devices.axes(constant):
+            raise ValueError(
+                f"kernels: score closes over an array {constant.dtype}{list(constant.shape)} that is the same on all "
+                f"devices along {sorted(missing)}, and what it scores is not; make it vary with jax.lax.pcast(array, "
+                f"{tuple(sorted(missing))}, to='varying') (jax.lax.pvary before JAX 0.8), or give shard_map "
+                "check_vma=False."
+            )
 
     def pure(x: Array, head: Array, q_position: Array, k_position: Array, *constants: Array) -> Array:
-        function = core.jaxpr_as_fun(core.ClosedJaxpr(traced.jaxpr, constants))
-        places = (jnp.asarray(place, jnp.int32) for place in (head, q_position, k_position))
-        return function(x, *places)[0].astype(x.dtype)
+        arguments = iter(constants)
+        filled = [
+            constant if place is None else _from_bits(next(arguments), place.dtype)
+            for place, constant in zip(given, traced.consts, strict=True)
+        ]
+        function = core.jaxpr_as_fun(core.ClosedJaxpr(traced.jaxpr, filled))
+        places = [jnp.asarray(place, jnp.int32) for place in (head, q_position, k_position)]
+        return function(*devices.over(varying, [x, *places]))[0].astype(x.dtype)
 
-    return pure, constants
+    return pure, tuple(map(_as_bits, constants))
+
+
+def _as_bits(constant: Array) -> Array:
+    """An array that a custom derivative takes: integers and booleans go as floats with their bits."""
+    if not jnp.issubdtype(constant.dtype, jnp.integer) and constant.dtype != bool:
+        return constant
+    whole, real = (jnp.int64, jnp.float64) if constant.dtype.itemsize == 8 else (jnp.int32, jnp.float32)
+    return jax.lax.bitcast_convert_type(constant.astype(whole), real)
+
+
+def _from_bits(array: Array, dtype: Any) -> Array:
+    if array.dtype == dtype:
+        return array
+    return jax.lax.bitcast_convert_type(array, jnp.int64 if array.dtype.itemsize == 8 else jnp.int32).astype(dtype)
 
 
 def lift(score: Callable) -> Callable:

@@ -73,7 +73,7 @@ def look(
             found = of_block((example, head, row * of_rows))
             return None if total is None else total + found.pop("column_sums"), found
 
-        nothing = jnp.zeros((examples, of_heads, k.shape[-2]), _wide(q)) if "column_sums" in names else None
+        nothing = jnp.zeros_like(k, _wide(q), (examples, of_heads, k.shape[-2])) if "column_sums" in names else None
         return accumulate(some_rows, nothing, in_rows)
 
     totals, found = times(some_heads, in_examples * in_heads)

@@ -66,7 +66,8 @@ def forward(static: Static, operands: Operands, context: Context) -> tuple[Array
                     + jnp.sum(weights, axis=-1, keepdims=True) * of_sums
                 )
 
-            state = walk.visit(context, chunk, row, visited, jnp.zeros((items, rows, values.shape[-1]), wide))
+            state = jnp.zeros_like(asking, wide, (items, rows, values.shape[-1]))
+            state = walk.visit(context, chunk, row, visited, state)
             out, total = state[..., :-1], state[..., -1]
             nothing = total == 0
             log_sum = jnp.where(nothing, -jnp.inf, jnp.log(jnp.where(nothing, 1, total)))

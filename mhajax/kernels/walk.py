@@ -117,7 +117,7 @@ def spoilt(static: Static, operands: Operands, context: Context) -> Array:
                 allowed = _allowed(static, context, tile, bias_of(static, operands.bias, tile))
                 return state | jnp.any(pairs if allowed is None else pairs & allowed, axis=-1)
 
-            return visit(context, chunk, row, visited, jnp.zeros((items, rows), bool))
+            return visit(context, chunk, row, visited, jnp.zeros_like(asking, bool, (items, rows)))
 
         return joined(times(one_row, operands.q.shape[1] // rows))
 
