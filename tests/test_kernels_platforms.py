@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mhajax import kernels, masks, scores
+from mhajax import attention, kernels, masks, scores
 from mhajax.kernels import choice, cudnn, devices, guard, ring
 from mhajax.masks import Tokens, tokens
 
@@ -409,6 +409,19 @@ def cut_results():
         if path != "fused":
             found[f"{path}, batch, score"] = errors(batch, path, causal, score=True)
 
+    config = attention.Config(d_model=8, num_heads=2)
+    params, x = attention.init_params(jax.random.key(0), config), normal(B, 20, 8, seed=3)
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(attention.apply(params, x, config, mask=masks.causal())))
+
+    def of_all(params, x):
+        of_mine = lambda params, x: jax.lax.psum(loss(params, x), "devices")  # noqa: E731
+        return jax.shard_map(of_mine, mesh=mesh, in_specs=(shared, first), out_specs=shared)(params, x)
+
+    gradients = [jax.tree.leaves(jax.jit(jax.grad(function))(params, x)) for function in (of_all, loss)]
+    found["a layer, batch"] = max(map(error, *gradients))
+
     vary = lambda a: a  # noqa: E731
     try:
         errors(batch, "blockwise", causal, score=True)
@@ -424,7 +437,7 @@ def cut_over_devices():
 
 def test_inside_shard_map_with_its_check_the_numbers_are_those_outside(cut_over_devices):
     refused = cut_over_devices.pop("refused")
-    assert len(cut_over_devices) == 11
+    assert len(cut_over_devices) == 12
     assert {name: e for name, e in cut_over_devices.items() if not e < 2e-6} == {}
     assert "float32[6] that is the same on all devices" in refused and "check_vma=False" in refused
 

@@ -87,7 +87,8 @@ def attend(
 
     Raises:
       ValueError: if the kernel cannot do what is asked; it names one that can. If a score function does not give one
-        number. If scale has another shape.
+        number or, inside `shard_map`, closes over a traced array that is the same on all devices where q is not. If
+        scale has another shape.
     """
     q, scale = dense.scaled(q, scale)
     constants: tuple[Array, ...] = ()
