@@ -114,6 +114,11 @@ def test_a_score_may_close_over_traced_integers_and_booleans():
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
 
 
+def test_a_scale_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"scale must broadcast to \[\.\.\., N, T, 1\] = \(2, 7, 1\), got \(3,\)"):
+        attend(7, 9, scale=np.ones(3))(*(numbers(i, 2, n, 4) for i, n in enumerate((7, 9, 9))))
+
+
 def test_a_long_odd_sequence_in_the_tiles_that_are_chosen():
     t, s = 1031, 1033
     given = numbers(1, 2, 2, t, 8), numbers(2, 2, 1, s, 8), numbers(3, 2, 1, s, 3)

@@ -278,6 +278,7 @@ def ring_results():
             v[0, 1, 51], k[0, 2, 20] = np.nan, np.inf
         positions = [jnp.asarray(a) for a in order]
         of_score = lambda slopes: scores.slope(slopes) if score else None  # noqa: E731
+        of_heads = lambda slopes: jnp.cos(slopes)[:, None, None]  # noqa: E731
 
         def on_ring(q, k, v, slopes):
             def one_device(q, k, v, slopes, asking, answering):
@@ -285,7 +286,7 @@ def ring_results():
                 places = Tokens(i * (t // size), asking), Tokens(i * (s // size), answering)
                 return ring.attend(
                     q, k, v, axis_name="sequence", mask=mask, kernel=kernel, score=of_score(slopes),
-                    queries=None if plain else places[0], keys=None if plain else places[1],
+                    scale=of_heads(slopes), queries=None if plain else places[0], keys=None if plain else places[1],
                 )  # fmt: skip
 
             along = jax.sharding.PartitionSpec("sequence")
@@ -297,7 +298,7 @@ def ring_results():
         def on_one(q, k, v, slopes):
             heads, captured = kernels.attend(
                 q, k, v, queries=tokens(t), keys=tokens(s), mask=mask, kernel="dense", score=of_score(slopes),
-                capture=("log_sum_exp",),
+                scale=of_heads(slopes), capture=("log_sum_exp",),
             )  # fmt: skip
             return heads, captured["log_sum_exp"]
 
@@ -371,7 +372,7 @@ def cut_results():
     assert jax.device_count() == 2
     shared, first = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("devices")
     t = 12
-    q, k, v, slopes = *heads_of(t), normal(N, seed=9)
+    q, k, v, slopes = *heads_of(t, k=2), normal(N, seed=9)
     every = {"lengths": jnp.asarray(LENGTHS), "places": jnp.arange(t)}
     vary = functools.partial(devices.over, {"devices"})
 
@@ -400,12 +401,14 @@ def cut_results():
 
     rows = jax.sharding.PartitionSpec(None, None, "devices")
     batch, queries = (first, first, first, shared, first, shared), (rows, shared, shared, shared, shared, first)
+    heads = (*[jax.sharding.PartitionSpec(None, "devices")] * 3, *[shared] * 3)
     nobody, causal, padded = (lambda _: None), (lambda _: masks.causal()), masks.lengths
     found = {}
     for path in ("dense", "fused", "blockwise"):
         found[f"{path}, batch"] = errors(batch, path, padded)
         found[f"{path}, batch, nothing is looked at"] = errors(batch, path, nobody, look=False)
         found[f"{path}, queries"] = errors(queries, path, causal)
+        found[f"{path}, heads"] = errors(heads, path, padded)
         if path != "fused":
             found[f"{path}, batch, score"] = errors(batch, path, causal, score=True)
 
@@ -437,7 +440,7 @@ def cut_over_devices():
 
 def test_inside_shard_map_with_its_check_the_numbers_are_those_outside(cut_over_devices):
     refused = cut_over_devices.pop("refused")
-    assert len(cut_over_devices) == 12
+    assert len(cut_over_devices) == 15
     assert {name: e for name, e in cut_over_devices.items() if not e < 2e-6} == {}
     assert "float32[6] that is the same on all devices" in refused and "check_vma=False" in refused
 

@@ -91,15 +91,16 @@ def attend(
         scale has another shape.
     """
     q, scale = dense.scaled(q, scale)
-    constants: tuple[Array, ...] = ()
-    if score is not None:
-        score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32), q, k, v, mask, queries, keys, bias)
     if dropout_key is None:
         dropout_rate = 0.0
     if bias is not None:
         bias = dense.full_rank("bias", bias, (*q.shape[:-1], k.shape[-2]))
-    everything = q, k, v, mask, queries, keys, bias, dropout_key
-    q, k, v, mask, queries, keys, bias, dropout_key = devices.over(devices.axes(everything, constants), everything)
+    everything = q, k, v, mask, queries, keys, bias, dropout_key, logits, weights, real
+    constants: tuple[Array, ...] = ()
+    if score is not None:
+        score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32), everything)
+    everything = devices.over(devices.axes(everything, constants), everything)
+    q, k, v, mask, queries, keys, bias, dropout_key, logits, weights, real = everything
     request = Request(
         jax.default_backend(), q, k, v, mask, queries, keys, bias is not None, score is not None, bool(dropout_rate),
         log_sum_exp=False, cached=cached, spread=spread(),

@@ -264,16 +264,16 @@ def _pull_and_keep(fixed: _Fixed, operands: Operands, arrays: grid.Arrays, *resu
 def _second(fixed: _Fixed, saved: tuple, cotangents: Operands) -> tuple:
     """Derivatives of the gradients: a loop that stops when it is told has none, so it is all logits in one tile."""
     static, _, known = fixed
-    operands, arrays, log_sums, *given = saved
+    operands, arrays, log_sums, d_out, d_log_sums = saved
     whole, context = grid.in_one_tile(static, operands, known.joined(arrays)[0])
-    if static.guarded:
-        spoilt = jnp.isnan(log_sums)
-        given = [jnp.where(spoilt[..., None] if d.ndim > 2 else spoilt, 0, d) for d in given]
 
-    def gradients(operands: Operands, *given: Array) -> Operands:
-        return jax.vjp(lambda operands: _forward(whole, operands, context), operands)[1](tuple(given))[0]
+    def gradients(operands: Operands, d_out: Array, d_log_sums: Array) -> Operands:
+        if static.guarded:  # a query that is spoilt passes no gradient
+            spoilt = jnp.isnan(log_sums)
+            d_out, d_log_sums = jnp.where(spoilt[..., None], 0, d_out), jnp.where(spoilt, 0, d_log_sums)
+        return jax.vjp(lambda operands: _forward(whole, operands, context), operands)[1]((d_out, d_log_sums))[0]
 
-    d_operands, *d_given = jax.vjp(gradients, operands, *given)[1](cotangents)
+    d_operands, *d_given = jax.vjp(gradients, operands, d_out, d_log_sums)[1](cotangents)
     return d_operands, None, None, None, *d_given
 
 

@@ -186,7 +186,7 @@ def full_rank(name: str, array: Array, full: tuple[int, ...], axes: str = "[...,
     array = array.reshape((1,) * (len(full) - array.ndim) + given)
     if array.ndim > len(full) or any(have not in (1, want) for have, want in zip(array.shape, full, strict=True)):
         raise ValueError(
-            f"attention: {name} must broadcast to {axes} = {full}, got {array.shape}; use 1 for an axis that is shared."
+            f"attention: {name} must broadcast to {axes} = {full}, got {given}; use 1 for an axis that is shared."
         )
     return array
 
