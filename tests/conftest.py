@@ -9,7 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # several test processes cannot s
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 
 from functools import partial
@@ -35,7 +35,6 @@ def full_compiles():
     options = {
         "xla_backend_optimization_level": 3,
         "xla_llvm_disable_expensive_passes": False,
-        "xla_cpu_use_fusion_emitters": True,
         "xla_cpu_parallel_codegen_split_count": 32,
     }
     yield partial(jax.jit, compiler_options=options)

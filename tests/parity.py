@@ -28,7 +28,6 @@ ALL_HEADS = (5, 6)  # all heads of all examples at once
 QUICK: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
 quick = partial(jax.jit, compiler_options=QUICK)
