@@ -16,6 +16,7 @@ from functools import partial
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,24 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Keep what is compiled, for tests that compile the same programs again, in other processes too."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+             "jax_persistent_cache_min_entry_size_bytes")  # fmt: skip
+    values = (str(tmp_path_factory.mktemp("compiled")), 0, -1)
+    before = [getattr(jax.config, name) for name in names]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(names, values, strict=True):
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 import reference
 from flax import linen, nnx
 from reference import enable_x64, numbers
+from tiers import tiered
 
 from mhajax import attention, kernels, masks, positions
 from mhajax.attention import Config, Params
@@ -116,7 +117,13 @@ def loops(case: dict[str, Any], params: Params, x: np.ndarray, memory: np.ndarra
     return reference.multi_head_attention(params, *flat, **case["loops"]).reshape(x.shape)
 
 
-@pytest.mark.parametrize("name", CASES)
+ALWAYS = (
+    "self", "self, two leading axes", "one group, no biases", "one key head", "causal, both positions",
+    "lengths and causal", "boolean [B, N, T, S]", "per example", "bias with -inf and mask", "gates [B, N] and mask",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", tiered(CASES, *ALWAYS))
 def test_equals_the_loops(name):
     case = CASES[name]
     params, x, memory = arrays_of(case)
@@ -126,9 +133,7 @@ def test_equals_the_loops(name):
 OPTIMISED = ("causal, both positions", "bias with -inf and mask", "gates [B, N] and mask")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in OPTIMISED else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", tiered(CASES, *OPTIMISED))
 def test_equals_the_loops_fully_optimised(name, full_compiles):
     case = CASES[name]
     params, x, memory = arrays_of(case)
@@ -137,7 +142,12 @@ def test_equals_the_loops_fully_optimised(name, full_compiles):
 
 
 @pytest.mark.parametrize(
-    "name", ["cross", "causal, both positions", "bias with -inf and mask", "gates [B, N] and mask"]
+    "name",
+    tiered(
+        ["cross", "causal, both positions", "bias with -inf and mask", "gates [B, N] and mask"],
+        "causal, both positions",
+        "gates [B, N] and mask",
+    ),
 )
 def test_equals_the_loops_in_64_bits_with_its_gradient(name):
     """Forward to 1e-12; the gradient of every input against central differences of the loops."""
@@ -270,7 +280,7 @@ def flax_nnx(config, params, x, memory, mask):
 
 
 @pytest.mark.parametrize(("peer", "tolerance"), [(flax_linen, 1e-12), (flax_nnx, 1e-6)])  # nnx rounds to float32
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", tiered([False, True], True))
 def test_equals_flax_in_64_bits(peer, tolerance, masked):
     config = Config(d_model=D, num_heads=3, head_dim=H, use_bias=True)
     params = random_params(config, dtype=np.float64)
@@ -348,7 +358,7 @@ def test_without_biases_such_a_query_gives_zeros():
 SPOILS = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 
 
-@pytest.mark.parametrize("spoil", SPOILS)
+@pytest.mark.parametrize("spoil", tiered(SPOILS, "nan"))
 @pytest.mark.parametrize("how", ["mask", "bias", "gates"])
 def test_what_is_not_finite_in_a_masked_memory_reaches_nothing(spoil, how):
     params, x, memory = small(memory=7)
@@ -373,7 +383,7 @@ def test_what_is_not_finite_in_a_masked_memory_reaches_nothing(spoil, how):
     chex.assert_trees_all_equal((value, out, gradient), (sound_value, sound_out, sound_gradient))
 
 
-@pytest.mark.parametrize("spoil", SPOILS)
+@pytest.mark.parametrize("spoil", tiered(SPOILS, "inf"))
 def test_what_is_not_finite_in_the_future_reaches_nothing(spoil):
     """Neither earlier rows, nor the gradient of anything if the loss ignores the spoilt rows."""
     params, x, _ = small()
@@ -622,7 +632,10 @@ def test_every_option_is_documented():
 FULL = {"mask": masks.lengths(np.array([7, 4])) & masks.causal(), "bias": numbers(30, 1, 3, 5, 7)}
 
 
-@pytest.mark.parametrize(("jit", "dtype"), [(False, jnp.float32), (True, jnp.float32), (True, jnp.bfloat16)])
+LOOKS = [(False, jnp.float32), (True, jnp.float32), (True, jnp.bfloat16)]
+
+
+@pytest.mark.parametrize(("jit", "dtype"), tiered(LOOKS, (True, jnp.float32)))
 def test_looking_changes_no_bit_of_the_output(jit, dtype, full_compiles):
     params, x, memory = jax.tree.map(lambda a: jnp.asarray(a, dtype), small(memory=7))
     options = FULL | {"gates": numbers(31, 2, 3), "dropout_rate": 0.3, "dropout_key": jax.random.key(3)}

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 from rich.console import Console
+from tiers import tiered
 
 from experiments import __main__ as command_line
 from experiments import bench
@@ -89,14 +90,14 @@ def agree(rows):
     return timed
 
 
-@pytest.mark.parametrize("causal, backward", [(True, False), (True, True)])
+@pytest.mark.parametrize("causal, backward", tiered([(True, False), (True, True)], (True, True)))
 def test_every_peer_computes_attention(quick_compiles, causal, backward):
     shape = dataclasses.replace(CORE, causal=causal, backward=backward)
     timed = agree(attention.rows(shape, list(attention.BUILDERS), Settings(0.0)))
     assert timed >= {"jax.nn", "vmap"} and ("torch" in timed) == INSTALLED("torch")
 
 
-@pytest.mark.parametrize("causal, backward", [(True, False), (False, True)])
+@pytest.mark.parametrize("causal, backward", tiered([(True, False), (False, True)], (True, False)))
 def test_every_peer_computes_the_layer(quick_compiles, causal, backward):
     shape = layer.layer_case("layer", 2, 7, causal, backward, d_model=12, heads=3)
     timed = agree(layer.rows(shape, list(layer.BUILDERS), Settings(0.0)))
@@ -108,6 +109,7 @@ def test_every_peer_decodes(quick_compiles):
     agree(decode.rows(shape, list(decode.BUILDERS), Settings(0.0)))
 
 
+@pytest.mark.slow
 def test_what_is_done_with_heads_agrees(quick_compiles, monkeypatch):
     monkeypatch.setattr(heads, "LAYERS", 2)
     for shape, others in (
@@ -202,6 +204,7 @@ def test_a_mistake_is_told(arguments, words):
     assert [word for word in words if word not in str(told.value)] == []
 
 
+@pytest.mark.slow
 def test_models_are_the_same(quick_compiles):
     """In this process, without optimisation: the losses of two steps."""
     import jax
@@ -219,6 +222,7 @@ def test_models_are_the_same(quick_compiles):
     assert losses["ours"][1] < losses["ours"][0]
 
 
+@pytest.mark.slow
 def test_a_training_step_is_measured_in_processes_of_their_own(monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     rows = step.of_size(TINY, ["ours", "torch"], Settings(0.0))
@@ -233,6 +237,7 @@ def test_a_process_that_ends_is_a_reason(tmp_path):
         step.Worker("ours", tmp_path, False)
 
 
+@pytest.mark.slow
 def test_imports_and_compilations_are_timed():
     imports, layers, _ = start.cases([5])
     (row,) = start.rows(imports, ["ours"], Settings(0.0))

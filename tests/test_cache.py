@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import numbers, random_params
+from tiers import tiered
 
 from mhajax import (
     attention,
@@ -70,7 +71,7 @@ def in_chunks(extend, state, sizes):
     return jnp.concatenate(logits, axis=1), state
 
 
-@pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("sizes", tiered(CHUNKS.values(), CHUNKS["in chunks"]), ids=CHUNKS)
 def test_a_language_model_extends_to_what_it_gives_at_once(lm, sizes):
     expected = apply_lm(lm, TOKENS)
     got, state = in_chunks(lambda t, s: extend_lm(lm, t, s, config=LM), language_model.init_cache((B,), 9, LM), sizes)
@@ -79,7 +80,7 @@ def test_a_language_model_extends_to_what_it_gives_at_once(lm, sizes):
     assert np.all(np.asarray(state[1].k)[..., T:, :] == 0)
 
 
-@pytest.mark.parametrize("sizes", [[1] * T, [3, 3, 1]], ids=["token by token", "in chunks"])
+@pytest.mark.parametrize("sizes", tiered([[1] * T, [3, 3, 1]], [3, 3, 1]), ids=["token by token", "in chunks"])
 def test_a_translator_extends_to_what_it_gives_at_once(mt, sizes):
     expected = apply_mt(mt, SOURCE, TOKENS, source_lengths=LENGTHS)
     state = begin_mt(mt, SOURCE, source_lengths=LENGTHS)
@@ -88,6 +89,7 @@ def test_a_translator_extends_to_what_it_gives_at_once(mt, sizes):
     assert [one.length for one in state.written] == [T, T]
 
 
+@pytest.mark.slow
 def test_gates_and_masks_are_those_of_the_whole_text(lm):
     """A mask looks up a token of the cache by its index in the text, not in the chunk."""
     gates = block.Gates(numbers(3, 2, 6))
@@ -153,6 +155,7 @@ def test_appending_itself_checks_its_room():
     assert np.all(np.isnan(over.k[..., 1:, :])) and over.length == 6
 
 
+@pytest.mark.slow
 def test_half_precision_extends_too(lm):
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), lm)
     expected = apply_lm(half, TOKENS)
@@ -198,7 +201,7 @@ def ragged(seed, most):
 
 
 @pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", tiered(range(3), 0))
 def test_rows_at_different_places(rolling, seed):
     state = cache.init((R,), WIDTH if rolling else CAPACITY, ONE, rolling=rolling)
     state = dataclasses.replace(state, length=jnp.zeros(R, jnp.int32))
@@ -212,7 +215,11 @@ def test_rows_at_different_places(rolling, seed):
 
 
 @pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
-@pytest.mark.parametrize("sizes", [[1] * M, [1, 4, 1, 7, 4], [M]], ids=["token by token", "in chunks", "at once"])
+@pytest.mark.parametrize(
+    "sizes",
+    tiered([[1] * M, [1, 4, 1, 7, 4], [M]], [1, 4, 1, 7, 4]),
+    ids=["token by token", "in chunks", "at once"],
+)
 def test_rows_at_the_same_place(rolling, sizes):
     """A rolling cache holds 5 tokens, and still takes 7 or 17 at a time."""
     state = cache.init((R,), WIDTH if rolling else CAPACITY, ONE, rolling=rolling)
@@ -224,7 +231,9 @@ def test_rows_at_the_same_place(rolling, sizes):
     assert state.length.shape == () and state.length == M
 
 
-@pytest.mark.parametrize("name", ["edges one by one", "edges by position", "equal weights"])
+@pytest.mark.parametrize(
+    "name", tiered(["edges one by one", "edges by position", "equal weights"], "edges by position")
+)
 @pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
 def test_interventions_are_those_of_the_whole_text(rolling, name):
     """Edges are looked up by the index in the text, as masks are; the cache keeps what would be there without them."""
@@ -252,7 +261,7 @@ def test_interventions_are_those_of_the_whole_text(rolling, name):
     jax.tree.map(close, state, kept)
 
 
-@pytest.mark.parametrize("name", ["keys", "values", "logits", "weights"])
+@pytest.mark.parametrize("name", tiered(["keys", "values", "logits", "weights"], "values"))
 def test_a_rolling_cache_has_no_places_for_a_patch(name):
     rolling = cache.init((R,), WIDTH, ONE, rolling=True)
     shape = {"keys": (3, WIDTH, 4), "values": (3, WIDTH, 7)}.get(name, (6, 1, WIDTH))
@@ -276,6 +285,7 @@ def test_positions_of_the_slots():
     np.testing.assert_array_equal(state.positions, expected)
 
 
+@pytest.mark.slow
 def test_a_long_chunk_goes_the_way_of_any_attention():
     """33 tokens and more are not held against all keys at once."""
     x = numbers(8, 2, 37, 12)
@@ -399,6 +409,7 @@ def test_the_positions_are_the_caches(lm):
         language_model.run(lm, TOKENS, LM, real=jnp.ones((B, T), bool))
 
 
+@pytest.mark.slow
 def test_prompts_padded_left_and_right(lm, mt):
     """Row 0 has 7 tokens, row 1 has 4: padded on either side, then one token more for both."""
     short = TOKENS[1, :4]
@@ -418,6 +429,7 @@ def test_prompts_padded_left_and_right(lm, mt):
     close(logits[1, 0], apply_mt(mt, SOURCE, TOKENS, source_lengths=LENGTHS)[1, 4])
 
 
+@pytest.mark.slow
 def test_a_rolling_language_model(lm):
     expected = apply_lm(lm, TOKENS, mask=masks.window(2))
     got, state = in_chunks(
@@ -427,7 +439,7 @@ def test_a_rolling_language_model(lm):
     assert state[1].k.shape == (B, 3, 3, 4)
 
 
-@pytest.mark.parametrize(("batch", "rows", "rolling"), [(1, False, False), (3, True, True)])
+@pytest.mark.parametrize(("batch", "rows", "rolling"), tiered([(1, False, False), (3, True, True)], (1, False, False)))
 def test_a_token_is_written_in_place(full_compiles, batch, rows, rolling):
     """Donated, or carried by a loop: no copy of the cache, in no layer."""
     # Keys are much more than their logits, and have as many heads as queries: for grouped ones, alone in a batch, XLA's

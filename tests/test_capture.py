@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from reference import random_params
 from test_interventions import ALLOWED, BIAS, CONFIG, LENGTHS, MASK, PARAMS, VALUES, B, D, K, N, T, X, by_hand
+from tiers import tiered
 
 from mhajax import attention, block, interventions, language_model, masks, translator
 from mhajax.interventions import Capture, Intervention
@@ -29,8 +30,11 @@ def chosen(name: str, whole: Any, heads: Any, rows: Any) -> Any:
     return whole if rows is None or name in ("keys", "values", "column_sums") else whole[:, :, np.array(rows)]
 
 
+CHOSEN = [(None, None), ((3, 0), (28, 2, 0, 5)), ((1,), None)]
+
+
 @pytest.mark.parametrize("kernel", ["blockwise", "dense"])
-@pytest.mark.parametrize(("heads", "rows"), [(None, None), ((3, 0), (28, 2, 0, 5)), ((1,), None)])
+@pytest.mark.parametrize(("heads", "rows"), tiered(CHOSEN, CHOSEN[1]))
 def test_what_is_chosen_is_what_is_computed_by_hand(kernel, heads, rows):
     out, seen = look(PARAMS, X, kernel=kernel, capture=Capture(NAMES, heads=heads, rows=rows), **GIVEN)
     expected = by_hand({})
@@ -68,6 +72,7 @@ def test_what_is_spoilt_is_marked_where_it_is_seen():
         assert all(np.all(np.isfinite(np.asarray(seen[name])[1])) for name in ("weights", "entropy", "column_sums"))
 
 
+@pytest.mark.slow
 def test_gradients_of_what_is_seen():
     """Of the fast path's log-sum-exp and the blocks of rows together: those of the dense path."""
 
@@ -82,6 +87,7 @@ def test_gradients_of_what_is_seen():
     assert np.max(np.abs(dense)) > 1e-2
 
 
+@pytest.mark.slow
 def test_what_is_looked_at_in_blocks_is_what_is_looked_at_at_once(monkeypatch):
     """Rows of a head, some heads, an example at a time; the last block of rows is partial."""
     places = np.arange(T) + np.array([[0], [3]])
@@ -117,7 +123,7 @@ def test_entropy_is_that_of_the_weights(frozen):
     close(seen["entropy"], -np.sum(weights * np.log(np.where(weights > 0, weights, 1)), -1), atol=1e-4)
 
 
-@pytest.mark.parametrize("names", [("entropy", "column_sums"), ("weights",)])
+@pytest.mark.parametrize("names", [("entropy", "column_sums"), pytest.param(("weights",), marks=pytest.mark.slow)])
 def test_memory_of_sums_grows_with_length(names):
     """Besides the plain forward: sums take room for some rows, the weights of a few rows no more."""
     config = attention.Config(d_model=16, num_heads=2)
@@ -154,7 +160,7 @@ def lm():
     return random_params(language_model.init_params, LM)
 
 
-@pytest.mark.parametrize("layers", [(2,), (4, 0, 1)])
+@pytest.mark.parametrize("layers", [(4, 0, 1), pytest.param((2,), marks=pytest.mark.slow)])
 def test_layers_are_chosen_and_the_others_stay_as_they_are(lm, layers):
     run = jax.jit(partial(language_model.apply_captured, config=LM), static_argnames="capture")
     names = ("weights", "heads", "entropy")
@@ -166,6 +172,7 @@ def test_layers_are_chosen_and_the_others_stay_as_they_are(lm, layers):
         close(seen.attention[name], want)
 
 
+@pytest.mark.slow
 def test_a_cache_shows_what_is_chosen(lm):
     state = language_model.init_cache((B,), 8, LM)
     asked = Capture(("weights",), layers=(3, 1), heads=(2,))
@@ -174,6 +181,7 @@ def test_a_cache_shows_what_is_chosen(lm):
     close(seen.attention["weights"][..., :6], np.asarray(every.attention["weights"])[np.array([3, 1])][:, :, [2]])
 
 
+@pytest.mark.slow
 def test_a_translator_shows_one_kind_of_attention():
     config = translator.Config(d_model=D, num_heads=N, head_dim=4, encoder_layers=2, decoder_layers=3, vocab_size=V)
     params = random_params(translator.init_params, config)

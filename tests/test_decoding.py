@@ -271,6 +271,7 @@ def test_a_translator_with_cache_writes_what_it_would_without(model):
     assert len(np.unique(target)) > 2
 
 
+@pytest.mark.slow
 def test_beams_of_a_translator_have_the_scores_of_the_full_model(model):
     config, params, source, lengths = model
     beams, length, end = 3, 7, 2

@@ -161,6 +161,7 @@ def test_cka_knows_no_rotation_and_no_scale():
         np.testing.assert_allclose(measure(np.stack([x, 7 * x @ turn + 2])).total, np.ones((2, 2)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_principal_angles():
     w = numbers(0, N, D, H)
     w[1] = w[0] @ numbers(5, H, H)  # the same subspace
@@ -180,6 +181,7 @@ def test_random_subspaces_are_the_baseline_of_angles():
     assert (np.diff(tally.baseline[0, 1]) > 0).all()
 
 
+@pytest.mark.slow
 def test_effective_rank():
     left = np.linalg.qr(numbers(0, D, H))[0]
     values = np.array([[4, 0, 0, 0], [1, 1, 1, 1], [2, 2, 0, 0], [4, 2, 1, 1]], np.float32)

@@ -15,6 +15,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from reference import numbers
+from tiers import tiered
 
 from mhajax import drop_in, linen, masks
 from mhajax import nnx as our_nnx
@@ -58,23 +59,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], int, str]] = {
     "bfloat16": ({"mask": SEEN, "is_causal": True}, K, "bfloat16"),
 }
 BLOCKWISE = ("all", "lengths of both", "bfloat16")  # the others cost a program each, and test_kernels.py has them
-SAID_BY_OTHERS = (
-    "nothing",
-    "grouped",
-    "one head of keys",
-    "scale",
-    "mask",
-    "mask of examples",
-    "bias",
-    "window",
-    "lengths of keys",
-)
-
-
-def cases(table: dict[str, Any], slow: tuple[str, ...]) -> list[Any]:
-    """The names of a table for parametrize; those whose program the others nearly cover run with the slow tests."""
-    assert set(slow) <= set(table)
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in table]
 
 
 def arrays(kv_heads: int = K, dtype: str = "float32") -> Any:
@@ -93,7 +77,7 @@ def near(got, expected, tolerance=2e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=tolerance), got, expected)
 
 
-@pytest.mark.parametrize("name", cases(OPTIONS, slow=SAID_BY_OTHERS))
+@pytest.mark.parametrize("name", tiered(OPTIONS, "lengths of both", "all", "bfloat16"))
 def test_jax_nn(name):
     """Forward and gradient, by every path; half precision by the rule of flash attention: twice the peer's error."""
     options, kv_heads, dtype = OPTIONS[name]
@@ -131,6 +115,7 @@ def test_jax_nn_without_batch_and_with_residual():
     near(attend(q, k, v, key_value_seq_lengths=np.array([4])), jax.jit(jax_nn)(q, k[:4], v[:4]))
 
 
+@pytest.mark.slow
 def test_jax_nn_mapped_over_examples_and_shared_arguments():
     q, k, v = arrays()
     bias, mask = numbers(4, B, N, T, S), SEEN[0, :1]
@@ -145,7 +130,7 @@ def test_jax_nn_mapped_over_examples_and_shared_arguments():
     near(*both(q, k, v))
 
 
-@pytest.mark.parametrize("kernel", ["dense", "blockwise"])
+@pytest.mark.parametrize("kernel", tiered(["dense", "blockwise"], "dense"))
 def test_right_where_jax_nn_is_not(kernel):
     """jax.nn gives the mean of all values to a query that sees none, lets NaN through a mask, and makes one of -inf."""
     q, k, v = arrays()
@@ -214,7 +199,7 @@ VARIABLES = drawn(jax.eval_shape(linen_layer().init, jax.random.key(0), np.ones(
 
 @pytest.mark.parametrize(
     "name",
-    cases(LAYERS, slow=("self", "values of another stream", "normalised queries and keys", "products of precision")),
+    tiered(LAYERS, "causal", "no batch"),
 )
 def test_a_linen_layer_with_our_kernel(name):
     options, inputs, mask = LAYERS[name]
@@ -231,6 +216,7 @@ def test_a_linen_layer_with_our_kernel(name):
     near(*jax.jit(lambda *a: (run(ours, *a), run(theirs, *a)))(variables, inputs), tolerance=5e-6)
 
 
+@pytest.mark.slow
 def test_a_linen_layer_in_half_precision():
     """Flax's own softmax is in bfloat16; ours errs at most as much."""
     exact = linen_layer()
@@ -277,6 +263,7 @@ def test_a_linen_layer_decodes_from_its_own_cache():
     near(jnp.swapaxes(out, 0, 1), expected, tolerance=5e-6)
 
 
+@pytest.mark.slow
 def test_a_linen_layer_needs_memory_that_grows_with_its_length():
     long = jax.ShapeDtypeStruct((1, 4096, D), jnp.float32)
 
@@ -297,7 +284,7 @@ def test_no_gradient_from_the_future():
 RATE, WIDE = 0.3, 61
 
 
-@pytest.mark.parametrize("attention", [linen.attention_fn, our_nnx.attention_fn])
+@pytest.mark.parametrize("attention", tiered([linen.attention_fn, our_nnx.attention_fn], linen.attention_fn))
 def test_dropout_drops_its_share_and_keeps_the_mean(attention):
     """With the unit vectors as values the output is the weights: here all 1/S, dropped or divided by what is kept."""
     q, k = np.zeros((2, WIDE, 2, 1)), np.zeros((2, WIDE, 2, 1))
@@ -319,6 +306,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(attention):
         draw(None)
 
 
+@pytest.mark.slow
 def test_a_linen_layer_drops_while_it_trains():
     """Linen leaves out arguments that an attention_fn does not name, so a layer could lose its dropout in silence."""
     layer = linen_layer(dropout_rate=0.5, attention_fn=linen.attention_fn)
@@ -353,7 +341,7 @@ def nnx_layer(**options: Any) -> nnx.MultiHeadAttention:
     return nnx.MultiHeadAttention(**(shape | options))
 
 
-@pytest.mark.parametrize("name", cases(NNX_LAYERS, slow=("self", "mask", "grouped heads", "products of precision")))
+@pytest.mark.parametrize("name", tiered(NNX_LAYERS, "causal, grouped", "cross, padding"))
 def test_an_nnx_layer_with_our_kernel(name):
     options, inputs, call = NNX_LAYERS[name]
     layer, ours = nnx_layer(**options), nnx_layer(**options, attention_fn=our_nnx.attention_fn)
@@ -371,6 +359,7 @@ def test_an_nnx_layer_with_our_kernel(name):
     near(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), tolerance=5e-6)
 
 
+@pytest.mark.slow
 def test_an_nnx_layer_shows_its_weights_and_stays_as_it_is():
     layer, ours = nnx_layer(), nnx_layer(attention_fn=our_nnx.attention_fn)
     out = ours(X, mask=CAUSAL)

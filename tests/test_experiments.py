@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiers import tiered
 
 from experiments.__main__ import main
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "compiled_once")
 REPOSITORY = Path(__file__).parent.parent
 TINY = """
 kind = "translation"
@@ -86,7 +87,7 @@ def call(*arguments, stdin=""):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, quick_compiles):
+def finished(tmp_path_factory, quick_compiles, compiled_once):
     """A finished tiny translation: its result, its folder, its config."""
     folder = tmp_path_factory.mktemp("translation")
     config = folder / "tiny.toml"
@@ -134,6 +135,7 @@ def test_every_head_is_measured_with_interval_and_baseline(finished):
     assert 0 < cross["measures"]["word written → its source"]["baseline"] < 1
 
 
+@pytest.mark.slow
 def test_the_heads_of_a_run_are_reported(finished):
     _, run, _ = finished
     status, out, err = call("heads", run, "--json", "--sentences", 6, "--shown", 2)
@@ -174,6 +176,7 @@ def test_a_changed_config_is_another_run(finished):
     assert folder == run
 
 
+@pytest.mark.slow
 def test_going_on_with_another_model_is_refused(finished, tmp_path):
     _, run, _ = finished
     copy = shutil.copytree(run, tmp_path / "copy")
@@ -183,6 +186,7 @@ def test_going_on_with_another_model_is_refused(finished, tmp_path):
     assert [(copy / name).read_bytes() for name in ("result.json", "config.toml", "metrics.jsonl")] == before
 
 
+@pytest.mark.slow
 def test_a_run_can_be_continued_for_longer(finished, tmp_path):
     _, run, _ = finished
     copy = shutil.copytree(run, tmp_path / "copy")
@@ -226,6 +230,7 @@ def test_files_of_the_same_name_are_told_apart(tmp_path):
     assert len(hashes) == len(set(hashes.values())) == 4
 
 
+@pytest.mark.slow
 def test_several_seeds_are_one_run_with_a_spread(tmp_path):
     config = tmp_path / "tiny.toml"
     config.write_text(TINY)
@@ -239,7 +244,7 @@ def test_several_seeds_are_one_run_with_a_spread(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def text_run(tmp_path_factory, quick_compiles):
+def text_run(tmp_path_factory, quick_compiles, compiled_once):
     folder = tmp_path_factory.mktemp("text")
     (folder / "text.txt").write_text("a rose is a rose is a rose.\n" * 40)
     (folder / "tiny.toml").write_text(TINY_TEXT.format(path=folder / "text.txt"))
@@ -256,6 +261,7 @@ def test_any_text_file_trains_a_language_model(text_run):
     assert 0 < result["validation_loss"] < 4
 
 
+@pytest.mark.slow
 def test_a_language_model_writes(text_run):
     _, run = text_run
     status, out, _ = call("sample", run, "--prompt", "rose", "--tokens", "5")
@@ -264,6 +270,7 @@ def test_a_language_model_writes(text_run):
     assert again == out
 
 
+@pytest.mark.slow
 def test_any_pair_of_files_trains_a_translator(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"one {i} two\n" for i in range(60)))
     (tmp_path / "b.txt").write_text("".join(f"zwei {i} eins\n" for i in range(60)))
@@ -317,9 +324,10 @@ def _wait_for_step(runs, step, process):
     raise AssertionError(f"the run never reached step {step}: {process.communicate()[0]}")
 
 
-def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(finished, tmp_path):
+@pytest.mark.parametrize("steps", tiered([[5], [5, 9]], [5]), ids=["once", "twice"])
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(finished, tmp_path, steps):
     _, whole, config = finished
-    for step in (5, 9):  # after a checkpoint, between two others; each time somewhere in a step
+    for step in steps:  # after a checkpoint, between two others; each time somewhere in a step
         process = _start(config, tmp_path)
         _wait_for_step(tmp_path, step, process)
         process.send_signal(signal.SIGKILL)
@@ -331,6 +339,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(finished, tmp_path)
     assert _bytes_of(run) == _bytes_of(whole)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(finished, tmp_path):
     _, whole, config = finished
     process = _start(config, tmp_path)

@@ -35,6 +35,7 @@ def drawings():
     }
 
 
+@pytest.mark.slow
 def test_files_are_the_same_every_time(tmp_path):
     for run in ("first", "second"):
         for name, drawing in drawings().items():

@@ -13,6 +13,7 @@ from reference import numbers
 from mhajax import kernels, masks
 from mhajax.kernels import Tiling, bands, either, fused, fused_products, grid
 
+pytestmark = pytest.mark.slow  # test_kernels.py has this path beside the others
 B, N, K, T, S, H, HV = 2, 6, 3, 7, 11, 5, 3
 ITEMS, ROWS = B * K, N // K * T  # what the backward pass goes through, and queries of each
 LENGTHS = np.array([9, 0])

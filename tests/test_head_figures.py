@@ -93,6 +93,7 @@ def test_nothing_leaves_the_page_and_the_page_is_no_poster(size, name, request):
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
 
 
+@pytest.mark.slow
 def test_files_are_the_same_every_time(small, tmp_path):
     again = drawings(2, 4)
     for name in ("map", "lines"):

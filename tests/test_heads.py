@@ -128,6 +128,7 @@ def test_nouns_are_guessed_and_distances_add_up(model, corpus):
     np.testing.assert_array_equal(sum(rules[far.key, part]["offset -1"].count for part in far.parts), whole)
 
 
+@pytest.mark.slow
 def test_what_is_lost_is_the_loss_with_the_gate_shut(model, trained, worth):
     (batch,) = model.batches
     predicted = model.predicted(batch)
@@ -144,6 +145,7 @@ def test_what_is_lost_is_the_loss_with_the_gate_shut(model, trained, worth):
         np.testing.assert_array_equal(np.squeeze(tally.count), predicted[..., c].sum(1)[real])
 
 
+@pytest.mark.slow
 def test_pruning_goes_from_all_heads_to_none(model, trained, worth):
     (batch,) = model.batches
     heads = sum(kind.layers * kind.heads for kind in model.kinds)
@@ -200,6 +202,7 @@ def test_the_page_and_its_numbers(found, model, trained):
     assert set(answer["best_head"]) == {"value", "low", "high", "baseline"}
 
 
+@pytest.mark.slow
 def test_a_language_model_of_one_seed_has_a_report_too():
     text = "the cat sat on the mat and the dog sat on the log. " * 8
     words = vocabulary.train([text], vocabulary.Config(kind="characters"))

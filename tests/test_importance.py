@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from planted import DEAD, DUPLICATES, HARMFUL, NEEDED, PLANTED, planted
+from tiers import tiered
 
 from mhajax import attention, block, language_model, masks, transformer, translator
 from mhajax.heads import ablation, importance
@@ -72,7 +73,7 @@ class Model:
         return np.array([loss(rebuild(flat.at[head].set(0))) for head in range(flat.size)])
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=tiered(MODELS, "layer norm"))
 def model(request, quick_compiles):
     return Model(MODELS[request.param])
 
@@ -87,7 +88,7 @@ def by_head(tree: Any) -> np.ndarray:
     return np.concatenate([np.moveaxis(np.asarray(leaf), 1, 2).reshape(-1, B) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("batch_size", [None, 7])
+@pytest.mark.parametrize("batch_size", tiered([None, 7], 7))
 def test_all_ablations_are_those_of_a_loop(model, looped, batch_size):
     found = jax.jit(lambda gates: importance.ablations(model.loss, gates, batch_size=batch_size))(model.gates)
     assert isinstance(found, translator.Gates) and by_head(found.cross).shape == (3 * model.config.num_heads, B)
@@ -95,7 +96,7 @@ def test_all_ablations_are_those_of_a_loop(model, looped, batch_size):
     assert np.std(looped, axis=0).min() > 0.1  # a swapped head would be seen
 
 
-@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("batch_size", tiered([None, 2], 2))
 def test_sharing_work_changes_no_number(model, looped, batch_size):
     @jax.jit
     def at_once(params):
@@ -107,6 +108,7 @@ def test_sharing_work_changes_no_number(model, looped, batch_size):
     np.testing.assert_allclose(by_head(at_once(model.params)), looped, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_language_model(quick_compiles):
     """Longer than what the dense path takes, with segments, positions per example, and leading axes of the mask."""
     length = 50
@@ -160,6 +162,7 @@ def exact(quick_compiles):
     return model, loss, tallies
 
 
+@pytest.mark.slow
 def test_slopes_are_finite_differences(exact):
     model, loss, (michel, attribution, _) = exact
     with enable_x64():
@@ -212,6 +215,7 @@ def test_interactions_of_a_product_are_exact():
     np.testing.assert_allclose(found.total, slopes[:, :, None] * slopes[:, None, :], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_the_blockwise_path(quick_compiles):
     config = attention.Config(d_model=6, num_heads=3)
     params = attention.init_params(jax.random.key(0), config)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import numbers, random_params
+from tiers import tiered
 
 from mhajax import attention, block, interventions, language_model, masks, translator
 from mhajax.interventions import Intervention, Patch
@@ -144,6 +145,7 @@ def test_ablations():
         close(run(interventions.without_edges(cut), kernel=kernel), without)
 
 
+@pytest.mark.slow
 def test_uniform_holds_with_a_score_and_a_bias_that_masks():
     holes = np.where(np.random.default_rng(0).random((1, N, T, T)) < 0.5, BIAS, -np.inf)
     _, seen = attention.apply_captured(
@@ -154,7 +156,7 @@ def test_uniform_holds_with_a_score_and_a_bias_that_masks():
     close(seen["weights"], visible / np.maximum(visible.sum(-1, keepdims=True), 1))
 
 
-@pytest.mark.parametrize("name", ["zero", "uniform", "frozen", "logits"])
+@pytest.mark.parametrize("name", tiered(["zero", "uniform", "frozen", "logits"], "uniform", "logits"))
 def test_masked_keys_reach_nothing_and_a_query_that_sees_nothing_gives_zeros(name):
     spoilt = X.copy()
     spoilt[1, 11:] = np.nan  # keys that nobody may see, and queries that are not looked at
@@ -207,6 +209,7 @@ def test_nothing_is_looked_up_by_its_number_where_sentences_are_short():
     assert "dot_general" in text and "gather" not in text and "dynamic_slice" not in text
 
 
+@pytest.mark.slow
 def test_long_rows_are_cut_into_blocks(monkeypatch):
     """A few rows at a time, the last block partial: the same numbers and gradients, dropout included."""
     from mhajax.kernels import row_layout
@@ -256,6 +259,7 @@ def test_all_ablations_are_one_vmap(lm):
     assert np.all(np.abs(every - plain).max((1, 2, 3)) > 1e-3)
 
 
+@pytest.mark.slow
 def test_a_cache_with_an_intervention_gives_what_the_whole_text_gives(lm):
     changed = block.Interventions(
         interventions.uniform(np.eye(L * N).reshape(L * N, L, N)[5])._replace(gates=numbers(4, L, N))
@@ -268,6 +272,7 @@ def test_a_cache_with_an_intervention_gives_what_the_whole_text_gives(lm):
     np.testing.assert_allclose(np.concatenate([first, then], 1), whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_three_attentions_of_a_translator_are_changed_each():
     config = translator.Config(
         d_model=D, num_heads=N, head_dim=4, encoder_layers=2, decoder_layers=L, vocab_size=V

@@ -12,6 +12,7 @@ import pytest
 from parity import COMPUTED, FEATURES, REFUSED
 from parity_features import CASES, CAUSAL, Sizes, booleans
 from reference import numbers
+from tiers import tiered
 
 from mhajax import attention, dropout, kernels, masks, scores
 from mhajax.kernels import Tiling, choice, grid
@@ -20,15 +21,29 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "parity.md"
 EVERYTHING = "dropout, mask, bias, score"
 
+CELLS = [(path, name) for name in FEATURES for path in COMPUTED]
+# One case of every promise, on the definition and in tiles; the page says what all of them do.
+PROMISES = (
+    "causal, T ≠ S", "`&`, `\\|`, `~` together", "positions by example", "bias with -inf and its gradient, mask",
+    "score of your own, gradient of what it closes over", "sinks and their gradient", "dropout, mask, bias, score",
+    "grouped heads, N = 6, K = 3", "two batch axes, a bias shared along one", "a query with nothing to attend to",
+    "NaN, Inf in masked keys, values", "NaN, Inf in a visible key, value, query", "float64", "bfloat16",
+    "mask as an argument of `jit`", "capture of weights, logits", "gradients of gradients", "`cached=True`",
+    "forward mode: `jvp`, `hessian`",
+)  # fmt: skip
+ALWAYS = [(path, name) for path, name in CELLS if name in PROMISES and path in ("dense", "blockwise, several tiles")]
+ALWAYS += [("fused", name) for name in ("causal, T ≠ S", "NaN, Inf in masked keys, values", "float16")]
+ALWAYS += [("blockwise, all heads at once", name) for name in ("segments", "dropout, mask, bias, score")]
+
 # The matrix -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", COMPUTED)
-@pytest.mark.parametrize("name", FEATURES)
-def test_a_feature_on_a_path(name, path):
+@pytest.mark.parametrize("path, name", tiered(CELLS, *ALWAYS))
+def test_a_feature_on_a_path(path, name):
     parity.computed(name, path)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_is_so():
     table = parity.table()
     if os.environ.get("MHAJAX_WRITE"):
@@ -131,6 +146,7 @@ def test_a_long_odd_sequence_in_the_tiles_that_are_chosen():
         assert not np.any(a[1])  # nothing to attend to
 
 
+@pytest.mark.slow
 def test_looking_changes_no_bit_of_the_output_fully_optimised(full_compiles, monkeypatch):
     monkeypatch.setattr(parity, "quick", full_compiles)
     parity.looking(parity.Path("blockwise", Tiling(2, 5, 6)), CASES["capture of weights, logits"])
@@ -415,7 +431,7 @@ SCORE = {"score": scores.relative(np.ones((2, 9), np.float32))}
 COSTS = {"nothing": {}, "mask": {"mask": PADDED}, "mask, score, dropout": {"mask": PADDED, **SCORE, **DROPPED}}
 
 
-@pytest.mark.parametrize("name", COSTS)
+@pytest.mark.parametrize("name", tiered(COSTS, "mask"))
 def test_memory_grows_with_length_and_not_its_square(name):
     """Forward and backward; the dense path's, which holds all weights, grows fourfold."""
 

@@ -94,6 +94,7 @@ def by_dense(everything):
     return with_gradients(attend(mask=everything, kernel="dense"))
 
 
+@pytest.mark.slow
 def test_splash_with_everything_equals_dense(by_splash, by_dense):
     given = heads_of()
     got = by_splash(*given)
@@ -438,6 +439,7 @@ def cut_over_devices():
     return run("cut_results", JAX_NUM_CPU_DEVICES="2", JAX_ENABLE_X64="1", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
 
 
+@pytest.mark.slow
 def test_inside_shard_map_with_its_check_the_numbers_are_those_outside(cut_over_devices):
     refused = cut_over_devices.pop("refused")
     assert len(cut_over_devices) == 15

@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax.errors import InvalidRngError, ScopeParamShapeError
+from tiers import tiered
 
 from mhajax import attention, language_model, linen, masks, translator
 from mhajax.block import Gates
@@ -97,7 +98,7 @@ def test_same_program(module, functions, inputs):
     assert program(by_module, params) == program(by_function, params)
 
 
-@pytest.mark.parametrize("name", ["attention", "language_model"])
+@pytest.mark.parametrize("name", tiered(["attention", "language_model"], "attention"))
 def test_same_numbers_and_gradients(name):
     module, functions, inputs = CASES[name]
     params = numbers(functions, module.config)
@@ -147,6 +148,7 @@ def test_options_pass_through():
         layer.apply(variables, X, no_such_option=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -246,7 +248,10 @@ class Classifier(nn.Module):
         return nn.Dense(3)(x)
 
 
-@pytest.mark.parametrize("model, x", [(Sandwich(), X), (Classifier(), TARGET)], ids=["layer", "model"])
+TRAINED = [(Sandwich(), X), pytest.param(Classifier(), TARGET, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("model, x", TRAINED, ids=["layer", "model"])
 def test_trains_inside_a_users_model_without_recompiling(model, x):
     variables = model.init(jax.random.key(0), x)
     labels = jax.random.randint(jax.random.key(5), (B, T), 0, 3)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import tiered
 
 from mhajax import losses
 
@@ -42,7 +43,7 @@ def value_gradient(function):
     return sums, gradient
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 15, 512])  # 15 tokens: 4 does not divide, 512 is more
+@pytest.mark.parametrize("chunk", tiered([1, 4, 15, 512], 4))  # 15 tokens: 4 does not divide, 512 is more
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_equals_the_plain_loss_and_its_gradient(chunk, smoothing, weighted):
@@ -89,6 +90,7 @@ def test_features_may_have_any_leading_axes():
     assert one.weight == 1 and one.loss.shape == ()
 
 
+@pytest.mark.slow
 def test_bfloat16_features_give_float32_sums_and_bfloat16_gradients():
     features = jnp.asarray(FEATURES, jnp.bfloat16)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import enable_x64, multi_head_attention, numbers, random_params
+from tiers import tiered
 
 from mhajax import attention, block, language_model, masks, mlp, norm, transformer, translator
 
@@ -102,7 +103,7 @@ def test_a_language_model_is_causal_by_gradient(lm):
     assert np.all(jacobian[future] == 0) and np.all(jacobian[~future] > 1e-5)
 
 
-@pytest.mark.parametrize("positions", ["rotary", "sinusoidal", "none"])
+@pytest.mark.parametrize("positions", tiered(["rotary", "sinusoidal", "none"], "rotary"))
 def test_later_tokens_change_no_earlier_logits(lm, positions):
     config = dataclasses.replace(LM, positions=positions)
     changed = TOKENS.copy()
@@ -133,6 +134,7 @@ def test_packed_texts_do_not_see_each_other(lm):
     close(packed[:, 3:], apply_lm(lm, TOKENS[:, 3:], LM))
 
 
+@pytest.mark.slow
 def test_padding_of_the_source_changes_nothing(mt):
     out = apply_mt(mt, SOURCE, TOKENS, MT, source_lengths=LENGTHS)
     rubbish = np.where(np.arange(S) < LENGTHS[:, None], SOURCE, 3)
@@ -142,6 +144,7 @@ def test_padding_of_the_source_changes_nothing(mt):
     close(apply_mt(mt, SOURCE, TOKENS, MT)[0], out[0])  # no padding at all
 
 
+@pytest.mark.slow
 def test_an_empty_source_is_finite_with_finite_gradients(mt):
     def loss(params):
         return jnp.sum(translator.apply(params, SOURCE, TOKENS, MT, source_lengths=np.array([0, 3])) ** 2)
@@ -150,6 +153,7 @@ def test_an_empty_source_is_finite_with_finite_gradients(mt):
     assert np.isfinite(value) and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_unrolling_changes_no_number(lm):
     unrolled = dataclasses.replace(LM, unroll=L)
     close(apply_lm(lm, TOKENS, unrolled), apply_lm(lm, TOKENS, LM))
@@ -157,6 +161,7 @@ def test_unrolling_changes_no_number(lm):
     close(apply_lm(lm, TOKENS, more), apply_lm(lm, TOKENS, LM))
 
 
+@pytest.mark.slow
 def test_the_program_is_as_long_for_six_layers_as_for_two():
     def size(num_layers, **options):
         config = dataclasses.replace(LM, num_layers=num_layers, **options)
@@ -198,6 +203,7 @@ def test_gates_are_those_of_each_layer_and_head(lm, mt):
         close(changed, apply_mt(mt._replace(**{stack: silenced}), SOURCE, TOKENS, MT))
 
 
+@pytest.mark.slow
 def test_looking_into_a_language_model(lm):
     look = jax.jit(language_model.apply_captured, static_argnames=("config", "capture"))
     out, seen = look(lm, TOKENS, LM, capture=attention.CAPTURES)
@@ -225,7 +231,7 @@ def test_looking_into_a_translator(mt):
     assert np.all(np.asarray(seen.cross["weights"])[:, 1, ..., 4:] == 0)
 
 
-@pytest.mark.parametrize("rate", ["dropout", "attention_dropout"])
+@pytest.mark.parametrize("rate", tiered(["dropout", "attention_dropout"], "dropout"))
 def test_dropout_follows_its_key(lm, rate):
     config = dataclasses.replace(LM, **{rate: 0.3})
     out = apply_lm(lm, TOKENS, LM)
@@ -235,6 +241,7 @@ def test_dropout_follows_its_key(lm, rate):
     assert np.max(np.abs(first - other)) > 1e-2 and np.max(np.abs(first - out)) > 1e-2
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_layers_and_parts(mt):
     """No two masks of a forward pass are equal: the same key for two parts would correlate them."""
     config = dataclasses.replace(LM, attention_dropout=0.5, num_layers=2)
@@ -274,6 +281,7 @@ def test_one_table_embeds_and_gives_the_logits(lm):
     assert unused == 0 or gradient[unused] == 0
 
 
+@pytest.mark.slow
 def test_half_precision_is_finite_and_near(lm, mt):
     half = lambda params: jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), params)  # noqa: E731
     lengths = {"source_lengths": LENGTHS}

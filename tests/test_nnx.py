@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiers import tiered
 
 from mhajax import attention, language_model, masks, translator
 from mhajax import nnx as modules
@@ -107,7 +108,7 @@ def test_same_program(kind, config, inputs):
 
 
 @pytest.mark.usefixtures("quick_init")
-@pytest.mark.parametrize("name", ["attention", "language_model"])
+@pytest.mark.parametrize("name", tiered(["attention", "language_model"], "attention"))
 def test_same_numbers_and_gradients(name):
     kind, config, inputs = CASES[name]
     module = kind(config, rngs=nnx.Rngs(0))
@@ -145,6 +146,7 @@ def test_a_part_of_a_model_is_functional_too():
     chex.assert_trees_all_equal(part, modules.functional(model).stack.layers.attention)
 
 
+@pytest.mark.slow
 def test_tied_and_frozen_parameters():
     layer: Any = modules.MultiHeadAttention(attention.Config(d_model=D, num_heads=2), rngs=nnx.Rngs(0))
     layer.w_k = layer.w_q
@@ -204,7 +206,7 @@ DROPS: dict[str, Any] = {
 
 
 @pytest.mark.usefixtures("quick_init")
-@pytest.mark.parametrize("make, inputs", DROPS.values(), ids=DROPS)
+@pytest.mark.parametrize("make, inputs", tiered(DROPS.values(), DROPS["attention"]), ids=DROPS)
 def test_dropout_takes_its_stream(make, inputs):
     module, same, other = (make(nnx.Rngs(params=0, dropout=seed)) for seed in (1, 1, 2))
     run = nnx.jit(lambda module: module(*inputs))
@@ -227,6 +229,7 @@ def call_plain(module, inputs):
     return jax.jit(lambda params: module.functions.apply(params, *inputs, module.config))(modules.functional(module))
 
 
+@pytest.mark.slow
 def test_dropout_of_one_call():
     layer = modules.MultiHeadAttention(ATTENTION, dropout_rate=0.5, rngs=nnx.Rngs(0))
     evaluated = attention.apply(modules.functional(layer), X, ATTENTION)
@@ -288,7 +291,10 @@ class Classifier(nnx.Module):
         return self.after(self.model.features(tokens))
 
 
-@pytest.mark.parametrize("kind, x", [(Sandwich, X), (Classifier, TARGET)], ids=["layer", "model"])
+TRAINED = [(Sandwich, X), (Classifier, TARGET)]
+
+
+@pytest.mark.parametrize("kind, x", tiered(TRAINED, TRAINED[0]), ids=["layer", "model"])
 def test_trains_inside_a_users_model_without_recompiling(kind, x):
     model = kind(nnx.Rngs(0))
     labels = jax.random.randint(jax.random.key(5), (B, T), 0, 3)

@@ -140,6 +140,7 @@ def test_the_baseline_of_variability_is_a_head_whose_keys_are_drawn_anew():
     )
 
 
+@pytest.mark.slow
 def test_variability_compares_what_sees_the_same_keys():
     """Short causal sentences count as far as they go; others do not, and change nothing."""
     random = np.random.default_rng(2)

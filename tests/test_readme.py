@@ -4,13 +4,20 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_runs_and_is_what_it_says():
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+QUICK = [example for example in EXAMPLES if "optax" not in example]  # one trains for half a minute
+
+
+@pytest.mark.parametrize("examples", [QUICK, pytest.param(EXAMPLES, marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_the_examples_run_and_are_what_they_say(examples):
+    assert 0 < len(QUICK) < len(EXAMPLES)
     names: dict = {}
-    for example in re.findall(r"```python\n(.*?)```", README, flags=re.S):
+    for example in examples:
         exec(example, names)
     assert names["y"].shape == (2, 10, 64) and names["without"].shape == (8, 2, 10, 64)
     assert names["seeds"].w_q.shape == (5, 8, 64, 8)

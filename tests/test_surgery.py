@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from tiers import tiered
 
 from mhajax import attention, block, language_model, masks, positions, transformer, translator
 from mhajax.heads import surgery
@@ -70,6 +71,7 @@ def test_every_subset_of_grouped_heads():
         assert shape.num_heads - 2 <= keep.sum() <= shape.num_heads
 
 
+@pytest.mark.slow
 def test_the_library_runs_what_was_pruned():
     params, config = made(6, 2)
     smaller, shape = surgery.prune(params, config, [0, 1, 4])
@@ -131,7 +133,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiered(MODELS, "stack, cross"))
 def test_pruned_models_are_gated_ones(name, quick_compiles):
     make, keep = MODELS[name]
     params, config, run = make()
@@ -267,6 +269,7 @@ def test_the_difference_of_patterns_is_said():
     np.testing.assert_allclose(lost.pattern, 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_models_merge_layer_by_layer(quick_compiles):
     params, config, run = a_language_model()
     found = jax.tree.map(jnp.asarray, params.stack.layers.attention)

@@ -209,6 +209,8 @@ def _cudnn_refusal(request: Request) -> str:
 def _splash_refusal(request: Request) -> str:
     if jnp.result_type(request.q.dtype, request.k.dtype, request.v.dtype) == jnp.float64:
         return "splash attention has no float64"
+    if jax.config.jax_enable_x64:
+        return "splash attention cannot be traced while jax_enable_x64 is on"
     return _plain_refusal("splash attention", request)
 
 
