@@ -420,8 +420,8 @@ def on_ring(name: str) -> str:
 
 HEAD = """# Which path can do what, and how exactly
 
-Made by `MHAJAX_WRITE=1 python -m pytest tests/test_kernels.py`, which computes every cell of the first four columns;
-without the variable it fails if this page says something else.
+Made by `MHAJAX_WRITE=1 python -m pytest -m "" tests/test_kernels.py`, which computes every cell of the first four
+columns; without the variable it fails if this page says something else.
 
 - `≤ 2e-6`: heads, log-sum-exp and the gradients of q, k, v and of whatever else has one (bias, tables, sinks, gates)
   differ from loops in float64 by no more, relative to the largest number of each array. By dtype:

@@ -382,13 +382,14 @@ def test_without_a_mask_more_than_256_keys_are_fused_for_values_and_tiled_for_gr
 def test_the_logits_of_all_heads_are_not_written_down(mask, batch, length, full_compiles):
     num_heads, width = 8, 16
     heads = jax.ShapeDtypeStruct((batch, num_heads, length, width), jnp.float32)
-    needed = {
-        kernel: full_compiles(attend(kernel, mask)).lower(heads, heads, heads).compile().memory_analysis()
-        for kernel in ("fused", "dense")
-    }
+    # Newer compilers fuse the dense path's too; its gradient keeps the weights.
+    fused, kept = (
+        full_compiles(function).lower(heads, heads, heads).compile().memory_analysis().temp_size_in_bytes
+        for function in (attend("fused", mask), with_gradient(attend("dense", mask)))
+    )
     logits = batch * num_heads * length * length * 4
-    assert needed["fused"].temp_size_in_bytes < logits / 4
-    assert needed["dense"].temp_size_in_bytes >= logits
+    assert fused < logits / 4
+    assert kept >= logits
 
 
 def test_where_values_and_gradients_go_different_ways_gradients_have_gradients():
