@@ -117,7 +117,7 @@ def _loss(model: linen.LanguageModel, label_smoothing: float, params, tokens, ke
     sums = losses.linear_cross_entropy(
         features, params["embedding"], tokens[:, 1:], label_smoothing=label_smoothing, chunk=1024
     )
-    return sums.loss / sums.weight, {"accuracy": sums.correct / sums.weight}
+    return sums.loss / sums.weight, {"accuracy": sums.correct / sums.weight, "weight": sums.weight}
 
 
 def _validation_loss(config: LanguageModelling, model: linen.LanguageModel, tokens: np.ndarray):

@@ -18,7 +18,7 @@ class Task(NamedTuple):
 
     Attributes:
       init_params: PRNG key → parameters of the Flax module.
-      loss: (params, batch, key) → (loss, {name: number}), what is trained on.
+      loss: (params, batch, key) → (loss, {name: number}), what is trained on, as `training.make_step` takes it.
       batches: number of batches seen → the batches that follow.
       tokens: a batch → how many tokens it predicts (padding not counted).
       evaluate: parameters [seeds, ...] → {name: number per seed}; "score" chooses the best, higher is better.

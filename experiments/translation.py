@@ -89,21 +89,37 @@ def load_translator(config: Translation, folder: Path) -> Translator:
 
 
 def bleu(outputs: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """Corpus BLEU of raw text, and sacrebleu's signature of how it was computed (Post 2018)."""
+    """Corpus BLEU of raw text, and sacrebleu's signature of how it was computed (Post 2018).
+
+    Raises:
+      ValueError: without a sentence, or unless there is one output for every reference.
+    """
     from sacrebleu.metrics.bleu import BLEU
 
+    _check_pairs("bleu", outputs, references)
     metric = BLEU(force=True)  # our references are raw text; a final " ." in generated text is not a mistake
     score = metric.corpus_score(list(outputs), [list(references)]).score
     return score, str(metric.get_signature())
 
 
 def chrf(outputs: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """Corpus chrF2 of raw text, and its signature (Popović 2015)."""
+    """Corpus chrF2 of raw text, and its signature (Popović 2015). Raises as `bleu`."""
     from sacrebleu.metrics.chrf import CHRF
 
+    _check_pairs("chrf", outputs, references)
     metric = CHRF()
     score = metric.corpus_score(list(outputs), [list(references)]).score
     return score, str(metric.get_signature())
+
+
+def _check_pairs(who: str, outputs: Sequence[str], references: Sequence[str]) -> None:
+    if isinstance(outputs, str) or isinstance(references, str):
+        raise ValueError(f"translation.{who}: outputs and references must be lists of sentences, got one text.")
+    if not outputs or len(outputs) != len(references):
+        raise ValueError(
+            f"translation.{who}: there must be at least one sentence, and as many outputs as references, got "
+            f"{len(outputs)} and {len(references)}; a test set without sentences has no score."
+        )
 
 
 class Translator:
@@ -172,7 +188,7 @@ def _loss(model: linen.Translator, label_smoothing: float, params, batch: batche
         source_lengths=batch.source_lengths, deterministic=False, rngs={"dropout": key}, method="features",
     )  # fmt: skip
     sums = _token_sums(features, params["embedding"], batch, label_smoothing)
-    return sums.loss / sums.weight, {"accuracy": sums.correct / sums.weight}
+    return sums.loss / sums.weight, {"accuracy": sums.correct / sums.weight, "weight": sums.weight}
 
 
 def _token_sums(features, table, batch, label_smoothing: float) -> losses.Sums:

@@ -8,13 +8,18 @@ made for longer texts than a model was trained on before it is handed over:
 
     rotary, rotary_interleaved     pairs are (i, i + H/2), or neighbours
     frequencies                    one for every pair; fewer than H/2 turn the first channels only (partial rotary)
-    linear, ntk, dynamic_ntk, yarn, llama3   frequencies made slower
+    linear, ntk, dynamic_ntk, yarn, llama3, longrope   frequencies made slower
+    yarn_magnitude, longrope_magnitude   the factor of queries and keys that goes with two of them
     sinusoids                      vectors to be added to embeddings
+
+A model's `rope_scaling` (Hugging Face) says which: `rope_type` is the name ("dynamic" is `dynamic_ntk`), `factor` the
+factor, `original_max_position_embeddings` the original_length; an `attention_factor` that is given is the magnitude.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
@@ -161,8 +166,8 @@ def yarn(
       frequencies: [R], falling by one ratio, as from `frequencies`.
       factor: length now / original length.
       original_length: tokens of the texts that the model was trained on.
-      slow, fast: turns; the paper's α and β.
-      whole: widen the range to whole indices, as the authors' code; gpt-oss does not.
+      slow, fast: turns; the paper's α and β (`beta_slow`, `beta_fast`).
+      whole: widen the range to whole indices, as the authors' code; gpt-oss does not (`truncate`).
 
     Raises:
       ValueError: for one frequency, from which no ratio can be had.
@@ -184,18 +189,89 @@ def yarn(
     return frequencies * (1 - share + share / factor)
 
 
-def yarn_magnitude(factor: float) -> float:
+def yarn_magnitude(factor: float, *, mscale: float = 1.0, mscale_all_dim: float = 0.0) -> float:
     """YaRN's temperature as `rotary` takes it: √(1/t) = 0.1 · ln(factor) + 1, a factor of queries and keys alike.
 
     Logits of turned channels grow by its square, 1/t. With all channels turned, the same as a `scale` of the products.
+    DeepSeek's models turn few channels and divide: (0.1 · mscale · ln(factor) + 1) / (0.1 · mscale_all_dim · ln(factor)
+    + 1), and multiply the scale of *all* products by the square of the divisor, `yarn_magnitude(factor,
+    mscale=mscale_all_dim)`, themselves.
 
-    >>> round(yarn_magnitude(4.0), 4)
-    1.1386
+    Args:
+      factor: length now / original length; 1 and less give 1.
+      mscale, mscale_all_dim: of a DeepSeek model, both above 0. Where its config has none or one of the two, leave both
+        out, as Hugging Face does.
+
+    Raises:
+      ValueError: if one of the two is negative.
+
+    >>> round(yarn_magnitude(4.0), 4), round(yarn_magnitude(40.0, mscale=1.0, mscale_all_dim=0.8), 4)
+    (1.1386, 1.057)
 
     References:
-      Peng et al. 2023, "YaRN", section 3.4 (their s is our factor).
+      Peng et al. 2023, "YaRN", section 3.4 (their s is our factor). DeepSeek-AI 2024, "DeepSeek-V2", section 3.1.4; the
+      quotient is in the authors' code.
     """
-    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    if min(mscale, mscale_all_dim) < 0:
+        raise ValueError(
+            f"positions.yarn_magnitude: mscale and mscale_all_dim must not be negative, got {mscale} and "
+            f"{mscale_all_dim}."
+        )
+    grown = math.log(factor) if factor > 1 else 0.0
+    return (0.1 * mscale * grown + 1) / (0.1 * mscale_all_dim * grown + 1)
+
+
+def longrope(
+    frequencies: Array,
+    short_factor: ArrayLike | Sequence[float],
+    long_factor: ArrayLike | Sequence[float],
+    *,
+    length: ArrayLike,
+    original_length: int,
+) -> Array:
+    """LongRoPE: every pair turns slower by a factor of its own, found by search; one list for longer texts.
+
+    Its other half is a magnitude: give `magnitude=longrope_magnitude(factor, original_length)` to `rotary`, for short
+    texts too. Keys in a cache were turned with the frequencies of their time: turn all again, or keep to one list.
+
+    Args:
+      frequencies: [R].
+      short_factor: [R], for texts up to the original length.
+      long_factor: [R], for longer ones.
+      length: tokens of the text now; may be traced.
+      original_length: tokens of the texts that the model was trained on.
+
+    Raises:
+      ValueError: if a list has not one factor for every frequency.
+
+    References:
+      Ding et al. 2024, "LongRoPE", sections 3.1 and 3.3 (their λ̂ are our factors, their n̂ is 0; the second list
+      recovers short texts). As in Phi-3: Abdin et al. 2024, "Phi-3 Technical Report", section 2.
+    """
+    short, long = (jnp.asarray(factors, jnp.float32) for factors in (short_factor, long_factor))
+    for name, factors in (("short_factor", short), ("long_factor", long)):
+        if factors.shape != frequencies.shape:
+            raise ValueError(
+                f"positions.longrope: {name} must be [R] = {frequencies.shape}, one for every frequency, got "
+                f"{factors.shape}."
+            )
+    return frequencies / jnp.where(jnp.asarray(length) > original_length, long, short)
+
+
+def longrope_magnitude(factor: float, original_length: int) -> float:
+    """LongRoPE's factor of queries and keys for `rotary`: √(1 + ln(factor) / ln(original_length)).
+
+    Args:
+      factor: the longest text that the model is for / original length; 1 and less give 1.
+      original_length: tokens of the texts that the model was trained on.
+
+    >>> round(longrope_magnitude(32.0, 4096), 4)
+    1.1902
+
+    References:
+      Ding et al. 2024, "LongRoPE", in the authors' code; as in Phi-3.
+    """
+    return math.sqrt(1 + math.log(factor) / math.log(original_length)) if factor > 1 else 1.0
 
 
 def llama3(

@@ -27,10 +27,16 @@ import numpy as np
 import optax
 from jax import Array
 
+from mhajax import weight_decay
+from mhajax.accumulation import accumulate, accumulates, is_last
+
 Params = Any
 Batch = Any
 Metrics = dict[str, Any]
 Loss = Callable[[Params, Batch, Array], tuple[Array, dict[str, Array]]]
+
+
+_DECAYING = ("adamw", "lion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +47,14 @@ class Config:
       seed: of everything random: parameters, order of the data, dropout.
       seeds: number of models trained in one program, with seeds seed, seed + 1, …; all see the same batches.
       steps: batches to train on.
-      accumulate: batches whose gradients are averaged before the parameters change.
+      accumulate: batches whose gradients are averaged, by their weights (see `make_step`), before the parameters
+        change: one update. The last update has the batches that are left, be they fewer.
       optimizer: "adamw", "adam", "sgd" (momentum beta1) or "lion".
       learning_rate: at its highest.
-      schedule: how the learning rate falls after the warm-up: "cosine" or "linear" to zero at the last step,
+      schedule: how the learning rate falls after the warm-up: "cosine" or "linear" to zero at the last update,
         "inverse_sqrt" (Vaswani 2017, section 5.3), or "constant".
-      warmup_steps: batches over which the learning rate rises from zero.
-      weight_decay: decoupled, for arrays with two axes or more.
+      warmup_steps: batches over which the learning rate rises, from above zero to its highest with the last of them.
+      weight_decay: decoupled, of what `weight_decay.decayed` says. None: 0.01 for "adamw" and "lion", which have it.
       beta1, beta2: decay of the first and second moment.
       clip_norm: gradients with a larger global norm are scaled down to it. 0: none.
       label_smoothing: probability mass given to all words, for losses that use it.
@@ -65,7 +72,7 @@ class Config:
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
     warmup_steps: int = 100
-    weight_decay: float = 0.01
+    weight_decay: float | None = None
     beta1: float = 0.9
     beta2: float = 0.98
     clip_norm: float = 1.0
@@ -80,11 +87,16 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("seed", "warmup_steps", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("beta1", "beta2", "label_smoothing", "average_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.weight_decay and self.optimizer not in _DECAYING:
+            raise ValueError(
+                f"weight_decay must be 0 with optimizer={self.optimizer!r}, which decays nothing, got "
+                f"{self.weight_decay}; leave it out, or take one of {', '.join(map(repr, _DECAYING))}."
+            )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if self.warmup_steps >= self.steps:
@@ -92,6 +104,11 @@ class Config:
                 f"warmup_steps must be below steps, got warmup_steps={self.warmup_steps} and steps={self.steps}; "
                 "the learning rate would never reach its value."
             )
+
+    @property
+    def updates(self) -> int:
+        """How often the parameters change."""
+        return -(-self.steps // self.accumulate)
 
 
 class State(NamedTuple):
@@ -117,37 +134,43 @@ class Interrupted(Exception):
 
 
 def schedule(config: Config) -> optax.Schedule:
-    """Learning rate by number of updates: a linear rise, then the fall that the config names."""
-    updates = max(config.steps // config.accumulate, 1)
-    warmup = config.warmup_steps // config.accumulate
-    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
-    rest = max(updates - warmup, 1)
+    """Learning rate of an update, which are counted from 0: a linear rise, then the fall that the config names.
+
+    The first of W updates of warm-up has 1/W of the rate, the last all of it; without a warm-up the very first has all.
+    "cosine" and "linear" fall from there to zero at the last update, if it is a later one.
+    """
+    peak = max(config.warmup_steps // config.accumulate, 1)
+    rest = max(config.updates - peak, 1)
     fall = {
         "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, rest),
         "linear": lambda: optax.linear_schedule(config.learning_rate, 0.0, rest),
-        "inverse_sqrt": lambda: (
-            lambda count: config.learning_rate * (max(warmup, 1) / (jnp.maximum(count, 0) + max(warmup, 1))) ** 0.5
-        ),
+        "inverse_sqrt": lambda: lambda after: config.learning_rate * (peak / (jnp.maximum(after, 0) + peak)) ** 0.5,
         "constant": lambda: optax.constant_schedule(config.learning_rate),
     }[config.schedule]()
-    return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
+    numbered = optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, peak), fall], [peak])
+    return lambda count: numbered(count + 1)
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
-    """The Optax transformation that the config describes."""
+def optimizer(
+    config: Config, *, decayed: Callable[[Params], Any] = weight_decay.decayed
+) -> optax.GradientTransformation:
+    """The Optax transformation that the config describes; `accumulation.accumulate` around it if it says so.
+
+    Args:
+      config: how to train.
+      decayed: parameters → which of them weight decay is for, a pytree of booleans.
+    """
     rate = schedule(config)
-    decayed = lambda params: jax.tree.map(lambda w: w.ndim > 1, params)  # noqa: E731
+    decay = 0.01 if config.weight_decay is None else config.weight_decay
     update = {
-        "adamw": lambda: optax.adamw(
-            rate, config.beta1, config.beta2, eps=1e-9, weight_decay=config.weight_decay, mask=decayed
-        ),
+        "adamw": lambda: optax.adamw(rate, config.beta1, config.beta2, eps=1e-9, weight_decay=decay, mask=decayed),
         "adam": lambda: optax.adam(rate, config.beta1, config.beta2, eps=1e-9),
         "sgd": lambda: optax.sgd(rate, momentum=config.beta1),
-        "lion": lambda: optax.lion(rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed),
+        "lion": lambda: optax.lion(rate, config.beta1, config.beta2, weight_decay=decay, mask=decayed),
     }[config.optimizer]()
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     chain = optax.chain(clip, update)
-    return chain if config.accumulate == 1 else optax.MultiSteps(chain, config.accumulate).gradient_transformation()
+    return chain if config.accumulate == 1 else accumulate(chain, config.accumulate, steps=config.steps)
 
 
 def init(init_params: Callable[[Array], Params], optimizer: optax.GradientTransformation, config: Config) -> State:
@@ -170,32 +193,44 @@ def make_step(
     """The compiled step: one batch, every seed.
 
     Args:
-      loss: (params, batch, key) → (loss, {name: number}) for one seed; the key is for dropout.
-      optimizer: from `optimizer`, or any Optax transformation.
+      loss: (params, batch, key) → (loss, {name: number}) for one seed; the key is for dropout. The number "weight", if
+        there is one, is how many tokens the loss is a mean of: accumulated batches count by it. It is not recorded.
+      optimizer: from `optimizer`, or any Optax transformation (with config.accumulate, in `accumulation.accumulate`).
       config: how to train.
 
     Returns:
       A jitted function (state, batch) → (state, metrics [seeds]), which consumes its state (its buffers are donated).
       It compiles once for each shape of batch.
+
+    Raises:
+      ValueError: when called, if config.accumulate is above 1 and the optimizer does not accumulate.
     """
     seeds = jnp.arange(config.seeds)
+    update = optax.with_extra_args_support(optimizer).update
 
     def one_seed(params, opt_state, average, seed, step, batch):
         key = jax.random.fold_in(jax.random.key(config.seed + seed), step)
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        weight = {"weight": metrics["weight"]} if config.accumulate > 1 and "weight" in metrics else {}
+        updates, opt_state = update(gradient, opt_state, params, **weight)
         params = optax.apply_updates(params, updates)
         if average is not None:
-            count = (step + 1) // config.accumulate
+            count = -(-(step + 1) // config.accumulate)
             # Early on the average follows the parameters, so that it does not remember their random start.
             decay = jnp.minimum(config.average_decay, (1 + count) / (10 + count))
-            moved = (step + 1) % config.accumulate == 0
+            moved = is_last(step + 1, config.accumulate, config.steps)
             average = optax.incremental_update(params, average, jnp.where(moved, 1 - decay, 0.0))
-        metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradient)}
+        recorded = {name: number for name, number in metrics.items() if name != "weight"}
+        metrics = {"loss": value, **recorded, "gradient_norm": optax.tree.norm(gradient)}
         return params, opt_state, average, metrics
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+        if config.accumulate > 1 and not accumulates(state.optimizer):
+            raise ValueError(
+                f"training.make_step: config.accumulate={config.accumulate}, but this optimizer does not accumulate; "
+                f"make it accumulation.accumulate(optimizer, {config.accumulate}, steps={config.steps})."
+            )
         run = _over_seeds(partial(one_seed, step=state.step, batch=batch), config)
         params, opt_state, average, metrics = run(state.params, state.optimizer, state.average, seeds)
         return State(state.step + 1, params, opt_state, average), metrics

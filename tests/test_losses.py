@@ -116,10 +116,55 @@ def test_large_logits_do_not_overflow():
     np.testing.assert_allclose(sums.loss, jax.jit(plain)(1e4 * FEATURES, TABLE, TARGETS, 1.0, 0.0).loss, rtol=1e-6)
 
 
+def test_ignored_targets_are_in_no_sum():
+    """-100 as other libraries have it, and numbers of few bits or without a sign; with weights too."""
+    kept: Any = _random.random((B, T)) < 0.6
+    jitted = jax.jit(partial(losses.linear_cross_entropy, chunk=4), static_argnames="ignore_index")
+    wanted = jitted(FEATURES, TABLE, TARGETS, WEIGHTS * kept)
+    for ignore, dtype in ((-100, np.int32), (255, np.uint8), (100, np.uint32)):
+        targets = np.where(kept, TARGETS, ignore).astype(dtype)
+        sums = jitted(FEATURES, TABLE, targets, WEIGHTS, ignore_index=ignore)
+        np.testing.assert_array_equal(np.stack(sums), np.stack(wanted))
+    sums = losses.linear_cross_entropy(FEATURES, TABLE, jnp.where(kept, TARGETS, -100), ignore_index=-100)
+    assert sums.weight == kept.sum()
+    np.testing.assert_allclose(sums.loss, plain(FEATURES, TABLE, TARGETS, kept, 0.0).loss, rtol=2e-6)
+
+
+def test_targets_outside_the_vocabulary_are_refused_or_nan():
+    def value_and_gradient(targets, weights):
+        def mean(features):
+            sums = losses.linear_cross_entropy(features, TABLE, targets, weights)
+            return sums.loss / sums.weight, sums
+
+        return jax.value_and_grad(mean, has_aux=True)(FEATURES)
+
+    jitted, ones = jax.jit(value_and_gradient), jnp.ones((B, T))
+    for label in (-100, -1, V, 2**31 - 1):
+        targets = jnp.array(TARGETS).at[1, 2].set(label)
+        for ignore in (None, -7):
+            with pytest.raises(ValueError) as caught:
+                losses.linear_cross_entropy(jnp.array(FEATURES), jnp.array(TABLE), targets, ignore_index=ignore)
+            parts = (f"[0, V={V})", f"got {label} at (1, 2)", "one of 1", f"ignore_index={label}")
+            assert [part for part in parts if part not in str(caught.value)] == []
+        (value, sums), d_features = jitted(targets, ones)
+        assert np.isnan(value) and np.isnan(d_features[1, 2]).all() and np.isnan(np.stack(sums)).all()
+        (value, sums), d_features = jitted(targets, ones.at[1, 2].set(0))  # what weighs nothing may be anything
+        assert np.isfinite(value) and np.isfinite(d_features).all() and np.isfinite(np.stack(sums)).all()
+
+
+def test_of_equal_logits_the_first_counts_as_for_argmax():
+    features, table = jnp.ones((5, D)), jnp.zeros((V, D))  # the same of every word
+    sums = jax.jit(losses.linear_cross_entropy)
+    assert sums(features, table, jnp.array([3, 0, 7, V - 1, 0])).correct == 2
+    two = table.at[jnp.array([4, 6])].set(1.0)  # two words tie
+    assert sums(features, two, jnp.array([4, 6, 4, 0, 5])).correct == 2
+
+
 ERRORS = {
     "width": ({"features": FEATURES[..., :4]}, ("features [..., D]", "table [V, D]", "(3, 5, 4)", "(11, 7)")),
     "targets": ({"targets": TARGETS[:2]}, ("targets [...]", "(3, 5, 7)", "(2, 5)")),
     "smoothing": ({"label_smoothing": 1.0}, ("label_smoothing must be in [0, 1), got 1.0",)),
+    "ids": ({"targets": TARGETS + 0.5}, ("targets must be integers", "float64")),
     "weights": ({"weights": WEIGHTS.T}, ("weights", "(3, 5)", "got (5, 3)")),
 }
 
@@ -127,6 +172,6 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_say_what_was_expected_and_what_came(name):
     wrong, parts = ERRORS[name]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((ValueError, TypeError)) as caught:
         losses.linear_cross_entropy(**({"features": FEATURES, "table": TABLE, "targets": TARGETS} | wrong))
     assert [part for part in ("losses.linear_cross_entropy", *parts) if part not in str(caught.value)] == []

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +109,20 @@ OF_TRANSFORMERS = {
          0.0020793848671019077, 0.00010088174894917756, 2.9531996915466152e-05, 8.957863428804558e-06,
          2.7171674901182996e-06, 8.241913178608229e-07],
     ),
+    "longrope, short": (
+        lambda: _longrope(4096),
+        [0.9523810148239136, 0.14408119022846222, 0.020932385697960854, 0.002948941197246313, 0.0004206382145639509],
+    ),
+    "longrope, long": (
+        lambda: _longrope(4097),
+        [0.9090908765792847, 0.06339572370052338, 0.002790984697639942, 0.00013270236377138644, 1.009531752060866e-05],
+    ),
 }  # fmt: skip
+SHORT, LONG = [1.05, 1.1, 1.2, 1.35, 1.5], [1.1, 2.5, 9.0, 30.0, 62.5]
+
+
+def _longrope(length):
+    return positions.longrope(positions.frequencies(10), SHORT, LONG, length=length, original_length=4096)
 
 
 @pytest.mark.parametrize("name", OF_TRANSFORMERS)
@@ -123,6 +137,45 @@ def test_the_magnitude_of_yarn_is_that_of_transformers():
         [1.0, 1.0, 1.138629436111989, 1.3465735902799727],
         rtol=1e-12,
     )
+
+
+def test_the_magnitudes_of_deepseek_and_of_longrope_are_those_of_transformers():
+    of_deepseek = [(1.0, 1.0), (1.0, 0.8), (0.707, 0.707), (0.7, 1.4)]
+    np.testing.assert_allclose(
+        [positions.yarn_magnitude(40.0, mscale=one, mscale_all_dim=other) for one, other in of_deepseek],
+        [1.0, 1.0569662567531275, 1.0, 0.8297189272888398],
+        rtol=1e-12,
+    )
+    np.testing.assert_allclose(
+        [positions.longrope_magnitude(factor, 4096) for factor in (0.5, 1.0, 32.0)],
+        [1.0, 1.0, 1.1902380714238083],
+        rtol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("slow, fast", [(1.0, 32.0), (2.0, 16.0)])
+def test_yarn_is_the_formula_of_transformers(whole, slow, fast):
+    """`rope_type` "yarn", written again in NumPy: beta_slow, beta_fast, truncate."""
+    width, base, factor, length = 64, 500_000.0, 8.0, 4096
+    index = lambda turns: width * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(base))  # noqa: E731
+    first, last = index(fast), index(slow)
+    if whole:
+        first, last = np.floor(first), np.ceil(last)
+    plain = base ** (-2 * np.arange(width // 2) / width)
+    slowed = np.clip((np.arange(width // 2) - first) / (last - first), 0, 1)
+    assert 2 < np.sum((slowed > 0) & (slowed < 1)) < width // 2 - 2
+    got = positions.yarn(
+        positions.frequencies(width, base), factor, original_length=length, slow=slow, fast=fast, whole=whole
+    )
+    np.testing.assert_allclose(got, plain / factor * slowed + plain * (1 - slowed), rtol=1e-5)
+
+
+def test_longrope_is_one_program_for_short_and_long_texts():
+    traced = jax.jit(chex.assert_max_traces(_longrope, 1))
+    for length, factors in ((1, SHORT), (4096, SHORT), (4097, LONG)):
+        expected = 10_000.0 ** (-2 * np.arange(5) / 10) / np.array(factors)
+        np.testing.assert_allclose(traced(length), expected, rtol=1e-6)
 
 
 def test_ntk_is_another_base():
@@ -203,6 +256,14 @@ def test_odd_widths_are_refused(do, parts):
         (
             partial(positions.llama3, jnp.ones(3), 2.0, original_length=9, low=4.0, high=4.0),
             ("positions.llama3", "above low", "low=4.0", "high=4.0"),
+        ),
+        (
+            partial(positions.longrope, jnp.ones(5), SHORT, LONG[:4], length=9, original_length=9),
+            ("positions.longrope", "long_factor", "(5,)", "(4,)"),
+        ),
+        (
+            partial(positions.yarn_magnitude, 2.0, mscale=-1.0, mscale_all_dim=1.0),
+            ("positions.yarn_magnitude", "negative", "-1.0"),
         ),
     ],
 )

@@ -50,6 +50,34 @@ def test_nested_intervals_cover(shared, of_seeds, of_sentences):
     assert 0.95 - 1.5 * NOISE < covered < 0.99
 
 
+def test_two_seeds_are_covered():
+    """Alone (a bootstrap of 2 shortens Student's interval), and with sentences (Satterthwaite's is too short)."""
+    random = np.random.default_rng(12)
+    x, one = random.normal(3, 1, size=(2, TRIALS)), np.array(1)
+    assert abs(coverage(estimate(Tally(x, one, one), resamples=200), 3) - 0.95) < NOISE
+    seeds, sentences = random.normal(size=(2, 1, TRIALS)), 3 * random.normal(size=(1, 41, TRIALS))
+    value = 10 + seeds + sentences + random.normal(size=(2, 41, TRIALS))
+    assert coverage(estimate(Tally(value, one, one), axis=(0, 1), resamples=200), 10) > 0.95 - NOISE
+
+
+def test_two_seeds_of_a_share_are_covered():
+    of_seed = np.random.default_rng(13).beta(8, 2, size=(2, 1, TRIALS))
+    total = np.random.default_rng(14).binomial(3, np.broadcast_to(of_seed, (2, 53, TRIALS)))
+    assert coverage(estimate(Tally(total, np.array(3), np.array(1)), axis=(0, 1)), 0.8) > 0.95 - NOISE
+
+
+@pytest.mark.parametrize("sentences, least", [(5, 0.89), (10, 0.91), (20, 0.925)])
+def test_an_exponential_measure_is_covered_as_often_as_the_docstring_says(sentences, least):
+    x = np.random.default_rng(15).exponential(1, size=(sentences, TRIALS))
+    assert coverage(estimate(Tally(x, np.array(1), np.array(1)), resamples=500), 1) > least
+
+
+def test_a_head_whose_losses_happen_to_lie_between_0_and_1_is_no_share():
+    x = np.array([[0.2, 1.2], [0.9, 3.0], [0.6, -1.0]])
+    found = estimate(Tally(x, np.array(1), np.array(1)))
+    assert found.high[0] > 1.2  # Student's t: 0.567 + 4.30 · 0.203
+
+
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.97])
 @pytest.mark.parametrize("sentences", [11, 101])
 def test_intervals_of_shares_cover(share, sentences):

@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -132,26 +133,111 @@ def test_accumulated_batches_are_one_large_batch():
     chex.assert_trees_all_close(*results, rtol=1e-6)
 
 
+PLAIN = {"optimizer": "sgd", "beta1": 0.0, "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}
+
+
+def trained_on(gradients, weights=None, **changes):
+    """Minus the parameter after batches with these gradients (and weights), and the steps at which it changed."""
+    config = training.Config(**(PLAIN | {"learning_rate": 1.0, "log_every": 1} | changes))  # pyright: ignore
+
+    def linear_loss(params, batch, key):
+        return params["w"] * batch[0], {} if weights is None else {"weight": batch[1]}
+
+    optimizer = training.optimizer(config)
+    state = training.init(lambda key: {"w": jnp.float32(0)}, optimizer, config)
+    step = training.make_step(linear_loss, optimizer, config)
+    values = []
+    for batch in zip(jnp.float32(gradients), jnp.float32(weights or gradients), strict=True):
+        state, metrics = step(state, batch)
+        values.append(float(-state.params["w"][0]))
+    assert set(metrics) == {"loss", "gradient_norm"}
+    return values[-1], [i + 1 for i, (old, new) in enumerate(zip([0.0, *values], values, strict=False)) if old != new]
+
+
+@pytest.mark.parametrize(
+    ("steps", "accumulate", "expected", "changed"),
+    [
+        (5, 2, 5.5 + 550 + 10_000, [2, 4, 5]),  # the last update has one batch
+        (3, 4, (1 + 10 + 100) / 3, [3]),  # fewer batches than an update should have
+        (4, 2, 5.5 + 550, [2, 4]),
+        (3, 1, 111, [1, 2, 3]),
+    ],
+)
+def test_no_batch_is_lost_at_the_end(steps, accumulate, expected, changed):
+    total, at = trained_on([1, 10, 100, 1000, 10_000][:steps], steps=steps, accumulate=accumulate)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert at == changed
+
+
+def test_accumulated_batches_count_by_their_weight():
+    """Gradients of means over 10, 2, 4 and 1 tokens; the last group is one batch, whatever its weight."""
+    total, at = trained_on([1.0, 7.0, 3.0, 5.0], [10, 2, 4, 1], steps=4, accumulate=3)
+    np.testing.assert_allclose(total, (10 * 1 + 2 * 7 + 4 * 3) / 16 + 5, rtol=1e-6)
+    assert at == [3, 4]
+
+
+def test_batches_of_different_lengths_accumulate_to_the_mean_per_token_of_one_large_batch():
+    def token_loss(params, batch, key):
+        x, valid = batch
+        sums = jnp.sum(valid * (x @ params["w"] - 1.0) ** 2), jnp.sum(valid)
+        return sums[0] / sums[1], {"weight": sums[1]}
+
+    x = np.random.default_rng(0).normal(size=(2, 10, 3)).astype(np.float32)
+    valid = np.arange(10) < np.array([[10], [2]])
+    results = []
+    for data, accumulate in (([(x[0], valid[0]), (x[1], valid[1])], 2), ([(x.reshape(20, 3), valid.reshape(20))], 1)):
+        config = training.Config(**(PLAIN | {"steps": len(data), "accumulate": accumulate, "learning_rate": 0.1}))  # pyright: ignore
+        optimizer = training.optimizer(config)
+        state = training.init(lambda key: {"w": jnp.ones(3)}, optimizer, config)
+        step = training.make_step(token_loss, optimizer, config)
+        results.append(training.fit(state, step, lambda seen, data=data: iter(data[seen:]), config).params["w"])
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+    assert np.max(np.abs(results[0] - 1)) > 0.05
+
+
+def test_an_optimizer_that_does_not_accumulate_is_refused():
+    config = training.Config(**(PLAIN | {"steps": 4, "accumulate": 2}))  # pyright: ignore
+    quadratic = lambda params, batch, key: (jnp.sum(params["w"] ** 2), {})  # noqa: E731
+    own = optax.sgd(1.0)
+    state = training.init(lambda key: {"w": jnp.ones(2)}, own, config)
+    with pytest.raises(ValueError, match=r"accumulate=2,.*accumulation.accumulate\(optimizer, 2, steps=4\)"):
+        training.make_step(quadratic, own, config)(state, jnp.zeros(()))
+
+
+def rates(config):
+    """Of every update that a run makes."""
+    return np.array([training.schedule(config)(count) for count in range(config.updates)])
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("constant", [0.0, 0.5, 1.0, 1.0, 1.0]),
-        ("linear", [0.0, 0.5, 1.0, 0.5, 0.0]),
-        ("cosine", [0.0, 0.5, 1.0, 0.5, 0.0]),
-        ("inverse_sqrt", [0.0, 0.5, 1.0, (4 / 8) ** 0.5, (4 / 12) ** 0.5]),
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", [0.5, 1, *(0.5 + 0.5 * np.cos(np.pi * np.array([1, 2, 3, 4]) / 4))]),
+        ("inverse_sqrt", [0.5, 1, *(2 / np.array([3, 4, 5, 6])) ** 0.5]),  # Vaswani's: min(n^-0.5, n · 2^-1.5) / 2^-0.5
     ],
 )
-def test_schedules(name, expected):
-    config = training.Config(steps=12, warmup_steps=4, learning_rate=1.0, schedule=name)
-    rates = [float(training.schedule(config)(count)) for count in (0, 2, 4, 8, 12)]
-    np.testing.assert_allclose(rates, expected, atol=1e-6)
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_schedules(name, expected, accumulate):
+    steps, warmup = 6 * accumulate - (accumulate > 1), 2 * accumulate
+    config = training.Config(steps=steps, warmup_steps=warmup, accumulate=accumulate, learning_rate=1.0, schedule=name)
+    np.testing.assert_allclose(rates(config), expected, atol=1e-7)
 
 
-def test_schedule_counts_updates_when_batches_are_accumulated():
-    config = training.Config(steps=24, warmup_steps=8, accumulate=2, learning_rate=1.0, schedule="linear")
-    np.testing.assert_allclose(
-        [float(training.schedule(config)(c)) for c in (2, 4, 8, 12)], [0.5, 1, 0.5, 0], atol=1e-6
-    )
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt"])
+def test_no_update_is_wasted_at_the_start_and_the_last_is_zero_only_after_the_whole_rate(name):
+    for steps, warmup, accumulate in ((1, 0, 1), (3, 0, 4), (2, 0, 1), (5, 4, 1), (7, 3, 3), (9, 8, 8)):
+        config = training.Config(
+            steps=steps, warmup_steps=warmup, accumulate=accumulate, learning_rate=2.0, schedule=name
+        )
+        found = rates(config)
+        assert len(found) == -(-steps // accumulate) and found[0] > 0 and found.max() == 2
+        peak = max(warmup // accumulate, 1)
+        if name in ("linear", "cosine") and config.updates > peak:
+            assert found[-1] == 0 and (found[:-1] > 0).all()
+        else:
+            assert (found > 0).all()
 
 
 def test_weight_decay_spares_vectors():
@@ -161,6 +247,29 @@ def test_weight_decay_spares_vectors():
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     assert np.all(np.asarray(updates["matrix"]) < 0)
     assert np.all(np.asarray(updates["vector"]) == 0)
+
+
+def test_a_step_with_weight_decay_and_no_gradient_changes_matrices_only():
+    """Layers are stacked, so that a scale has two axes."""
+    config = training.Config(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5, steps=2)
+    params = {"norm": {"scale": jnp.ones((3, 2))}, "b_in": jnp.ones((3, 2)), "w_in": jnp.ones((3, 2, 2))}
+    for optimizer, changed in (
+        (training.optimizer(config), {"w_in"}),
+        (training.optimizer(config, decayed=lambda params: jax.tree.map(lambda _: True, params)), set(params)),
+    ):
+        state, zeros = jax.jit(optimizer.init)(params), jax.tree.map(jnp.zeros_like, params)
+        updates: Any = jax.jit(optimizer.update)(zeros, state, params)[0]
+        moved = {name for name, part in updates.items() if all(np.all(leaf < 0) for leaf in jax.tree.leaves(part))}
+        assert moved == changed
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_weight_decay_that_would_do_nothing_is_refused(name):
+    with pytest.raises(ValueError) as caught:
+        training.Config(optimizer=name, weight_decay=0.1)
+    for part in ("weight_decay must be 0", repr(name), "0.1", "'adamw'", "'lion'"):
+        assert part in str(caught.value)
+    assert not training.Config(optimizer=name).weight_decay and not training.Config(weight_decay=0.0).weight_decay
 
 
 def test_clipping_scales_the_global_norm():
@@ -184,6 +293,18 @@ def test_the_average_follows_its_recurrence():
         expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, expected, state.params)
     chex.assert_trees_all_close(state.average, expected, rtol=1e-5, atol=1e-6)
     assert state.evaluated is state.average
+
+
+def test_resumed_inside_a_group_of_accumulated_batches_ends_with_the_same_bits(tmp_path):
+    config = replace(CONFIG, accumulate=5)
+    start, step = parts(config)
+    whole = training.fit(start, step, batches, config)
+    checkpoints = training.Checkpoints(tmp_path)
+    with pytest.raises(training.Interrupted):
+        training.fit(parts(config)[0], step, _signalled(7), config, checkpoints=checkpoints)
+    state = checkpoints.restore(parts(config)[0])
+    assert int(state.step) == 7
+    chex.assert_trees_all_equal(training.fit(state, step, batches, config), whole)
 
 
 @pytest.mark.parametrize("stopped_after", tiered([1, 5, 6, 11], 5))
