@@ -117,8 +117,8 @@ def test_new_kinds_compare_positions(leading):
     for dtype in (np.int32, np.uint8):
         queries, keys = Tokens(3, asking.astype(dtype)), Tokens(2, answering.astype(dtype))
         for mask, truth in (
-            (masks.window(4, 2), (q - k <= 4) & (k - q <= 2)),
-            (masks.window(2**31 - 1, 2**31 - 1), (q - k <= 99)),
+            (masks.window(4, after=2), (q - k <= 4) & (k - q <= 2)),
+            (masks.window(2**31 - 1, after=2**31 - 1), (q - k <= 99)),
             (masks.prefix(6), (k < 6) & (q >= 0)),
             (masks.chunk(5), q // 5 == k // 5),
             (masks.function(lambda q, k: q // 5 == k // 5), q // 5 == k // 5),
