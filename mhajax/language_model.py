@@ -93,7 +93,8 @@ def apply(params: Params, tokens: Array, config: Config, **options: Unpack[Optio
         "cache": "write language_model.extend",
     }
     arguments.named("language_model.apply", options, Options, **instead)
-    return embedding.logits(params.embedding, features(params, tokens, config, **options))
+    x = features(params, tokens, config, **options)
+    return embedding.logits(params.embedding, x)
 
 
 @arguments.shown

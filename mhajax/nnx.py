@@ -39,14 +39,16 @@ class _Adapter(_Parameters):
 
     functions: ClassVar[ModuleType]
 
-    def __init__(self, config: Any, *, drops: float, deterministic: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Any, *, dropout_rate: float | None = None, deterministic: bool, rngs: nnx.Rngs):
         who = f"nnx.{type(self).__name__}"
         arguments.instance(who, "config", config, self.functions.Config, f"{self.functions.__name__[7:]}.Config(…)")
         arguments.instance(who, "rngs", rngs, nnx.Rngs, "nnx.Rngs(0)")
         super().__init__(self.functions.init_params(rngs.params(), config))
         self.config = config
         self.deterministic = deterministic
-        self.rngs = rngs.dropout.fork() if drops else None
+        if dropout_rate is None:  # a model, whose config says it
+            dropout_rate = config.dropout or config.attention_dropout
+        self.rngs = rngs.dropout.fork() if dropout_rate else None
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """For `nnx.view`.
@@ -88,7 +90,7 @@ class MultiHeadAttention(_Adapter):
     def __init__(
         self, config: attention.Config, *, dropout_rate: float = 0.0, deterministic: bool = False, rngs: nnx.Rngs
     ):
-        super().__init__(config, drops=dropout_rate, deterministic=deterministic, rngs=rngs)
+        super().__init__(config, dropout_rate=dropout_rate, deterministic=deterministic, rngs=rngs)
         self.dropout_rate = dropout_rate
 
     @arguments.shown
@@ -123,8 +125,7 @@ class LanguageModel(_Adapter):
     stack: Any  # every leaf of stack.layers is [L, ...]
 
     def __init__(self, config: language_model.Config, *, deterministic: bool = False, rngs: nnx.Rngs):
-        drops = config.dropout or config.attention_dropout
-        super().__init__(config, drops=drops, deterministic=deterministic, rngs=rngs)
+        super().__init__(config, deterministic=deterministic, rngs=rngs)
 
     @arguments.shown
     def __call__(
@@ -172,8 +173,7 @@ class Translator(_Adapter):
     decoder: Any
 
     def __init__(self, config: translator.Config, *, deterministic: bool = False, rngs: nnx.Rngs):
-        drops = config.dropout or config.attention_dropout
-        super().__init__(config, drops=drops, deterministic=deterministic, rngs=rngs)
+        super().__init__(config, deterministic=deterministic, rngs=rngs)
 
     @arguments.shown
     def __call__(

@@ -164,7 +164,8 @@ def apply(params: Params, source: Array, target: Array, config: Config, **option
     """
     instead = {"capture": "write translator.apply_captured, which returns it", "mask": "write source_lengths="}
     arguments.named("translator.apply", options, Options, **instead)
-    return embedding.logits(params.embedding, features(params, source, target, config, **options))
+    x = features(params, source, target, config, **options)
+    return embedding.logits(params.embedding, x)
 
 
 @arguments.shown
