@@ -254,6 +254,28 @@ ERRORS = {
 }
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda a, b: a and b,  # was b alone
+        lambda a, b: a or b,
+        lambda a, b: not a,
+        lambda a, b: a if b else None,
+        lambda a, b: bool(a),
+    ],
+)
+def test_a_mask_has_no_truth_value(ask):
+    with pytest.raises(TypeError, match="masks: a mask has no truth value, got .* write a & b .* a | b .*, ~a "):
+        ask(masks.causal(), masks.window(3))
+
+
+def test_both_sides_of_a_window_are_named():
+    with pytest.raises(TypeError, match="positional"):
+        masks.window(2, 3)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"one integer, got shape \(2,\); window\(before, after=…\)"):
+        masks.window((2, 3))  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_say_what_was_expected_and_what_came(name):
     do, kind, parts = ERRORS[name]
