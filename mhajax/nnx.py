@@ -232,7 +232,7 @@ def attention_fn(
       module: where the weights are sown, as an `nnx.Intermediate`, "attention_weights"; they hold T × S numbers.
       promote_dtype: function (arrays, dtype=) → arrays of one dtype.
       is_causal: a query sees keys of its own index and before; no T × S booleans. Refused for one query of several keys
-        (the layer in decode mode before Flax 0.12, whose fault it is): that query would see key 0 only. The layer masks
+        (a layer of an older Flax in decode mode, whose fault it is): that query would see key 0 only. The layer masks
         what is not yet there itself, so leave it out there.
 
     Returns:

@@ -373,7 +373,7 @@ def test_an_nnx_layer_with_our_kernel(name):
 
 @pytest.mark.skipif(not CALLED_CAUSAL, reason="this Flax has no is_causal")
 def test_flax_decodes_with_is_causal_as_without_or_is_refused():
-    """Before Flax 0.12.12 the layer hands is_causal on when it decodes, and sees key 0 alone, whatever it has seen."""
+    """In older Flax the layer hands is_causal on when it decodes, and sees key 0 alone, whatever it has seen."""
 
     def second(**options: Any) -> Any:
         layer = nnx_layer(attention_fn=our_nnx.attention_fn, decode=True)
