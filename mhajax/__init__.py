@@ -13,46 +13,60 @@ A map of the package:
     kernels         softmax(q kᵀ) v for given q, k, v: `attend`, and `explain`, which says how it is computed here
     interventions   what is changed in heads (ablations, patches, cut edges), and what of them is looked at
     cache           keys and values already seen
-    variants        QK norm, gated output, sinks, differential, talking heads, sigmoid (import them by name)
+    variants        QK norm, gated output, sinks, differential, talking heads, sigmoid
     convert         parameters from and to Flax, Haiku, Equinox and torch
     drop_in         `jax.nn.dot_product_attention`, by our kernels
     norm, mlp, block, transformer, embedding, language_model, translator
                     the models, each with Config, Params, init_params, apply
     decoding        greedy, sampling and beam search
-    linen, nnx      Flax modules over the same functions (import them by name)
-    losses, training  Optax training of any loss (import training by name)
-    heads           what heads do, from arrays (import its modules by name):
+    linen, nnx      Flax modules over the same functions
+    losses, training  Optax training of any loss
+    heads           what heads do, from arrays:
       importance, ablation, gates       what a loss loses without them, and which are enough
       patterns, roles, copying          where they look, and what they are for
       circuits, diversity, alignment    what their weights could do, how they differ, which words they align
       surgery                           heads cut out, moved, merged and grouped
       statistics, significance, matching  intervals, tests, and which head of one training is which of another
-    figures         pictures from arrays, for paper (import it by name; needs matplotlib)
-    view            heads to point at, in a notebook or a page (import it by name)
+    figures         pictures from arrays, for paper (needs matplotlib)
+    view            heads to point at, in a notebook or a page
+
+`import mhajax` is light: what needs Flax, Optax or matplotlib is imported when it is first named, `mhajax.linen`.
 
 Notation, everywhere: B batch, T queries, S keys, N query heads, K key/value heads, H width of a head, D model width,
 V vocabulary, L layers. H is not "heads".
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from mhajax import (
     attention,
+    block,
     cache,
     convert,
     decoding,
     drop_in,
+    embedding,
     interventions,
     kernels,
     language_model,
     losses,
     masks,
+    mlp,
+    norm,
     positions,
     scores,
+    transformer,
     translator,
+    tree,
 )
 from mhajax.attention import Config as AttentionConfig
 from mhajax.attention import Params as AttentionParams
 from mhajax.attention import apply, apply_captured, init_params
 from mhajax.version import __version__
+
+if TYPE_CHECKING:  # the others are imported when they are named, below
+    from mhajax import figures, heads, linen, nnx, training, variants, view
 
 __all__ = [
     "__version__",
@@ -61,17 +75,40 @@ __all__ = [
     "apply",
     "apply_captured",
     "attention",
+    "block",
     "cache",
     "convert",
     "decoding",
     "drop_in",
+    "embedding",
+    "figures",
+    "heads",
     "init_params",
     "interventions",
     "kernels",
     "language_model",
+    "linen",
     "losses",
     "masks",
+    "mlp",
+    "nnx",
+    "norm",
     "positions",
     "scores",
+    "training",
+    "transformer",
     "translator",
+    "tree",
+    "variants",
+    "view",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return import_module(f"mhajax.{name}")
+    raise AttributeError(f"module 'mhajax' has no attribute {name!r}; dir(mhajax) names what it has.")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

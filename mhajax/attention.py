@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,12 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from mhajax import checks, kernels
+from mhajax import arguments, checks, kernels
 from mhajax.interventions import Capture, Intervention, as_capture
 from mhajax.kernels import finite, patches
 from mhajax.masks import Mask, Tokens, as_mask, conditions, tokens
 from mhajax.masks.static import aligned
+from mhajax.options import Options
 
 CAPTURES = ("queries", "keys", "values", *kernels.CAPTURES, "heads", "contributions")
 
@@ -55,10 +56,9 @@ class Config:
     use_bias: bool = False
 
     def __post_init__(self):
-        for name in ("d_model", "num_heads", "num_kv_heads", "head_dim", "value_dim"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
+        arguments.integers(self, "d_model", "num_heads")
+        arguments.integers(self, "num_kv_heads", "head_dim", "value_dim", optional=True)
+        arguments.booleans(self, "use_bias")
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got num_heads={self.num_heads} and "
@@ -118,10 +118,14 @@ def init_params(key: Array, config: Config) -> Params:
     Returns:
       Float32 parameters (float64 where JAX runs in 64 bits).
 
+    Raises:
+      TypeError: if key is no PRNG key.
+
     >>> config = Config(d_model=16, num_heads=4)
     >>> jax.tree.map(jnp.shape, init_params(jax.random.key(0), config).w_q)
     (4, 16, 4)
     """
+    arguments.init("attention.init_params", key, config, Config)
     key_q, key_k, key_v, key_o = jax.random.split(key, 4)
 
     def heads(key: Array, count: int, rows: int, columns: int, fan_in: int) -> Array:
@@ -139,7 +143,8 @@ def init_params(key: Array, config: Config) -> Params:
     )
 
 
-def apply(params: Params, x: Array, config: Config, *, memory: Array | None = None, **options: Any) -> Array:
+@arguments.shown
+def apply(params: Params, x: Array, config: Config, **options: Unpack[Options]) -> Array:
     """Multi-head attention of x to itself, or to `memory`.
 
     Works in the dtype of x: parameters are cast to it; logits and softmax are float32 (float64 for float64).
@@ -149,7 +154,8 @@ def apply(params: Params, x: Array, config: Config, *, memory: Array | None = No
       x: the stream that asks, [..., T, D].
       config: the shape; static under jit.
       memory: the stream that answers, [..., S, D] with the leading axes of x; x itself if None.
-      mask: a Mask, or booleans [T, S] or [..., N, T, S], True = may attend. A three-axis array is refused.
+      mask: a Mask, or booleans [T, S] or [..., N, T, S], True = may attend. A three-axis array is refused. Of padding,
+        booleans [B, S] that are True at real keys, write `masks.dense(array[:, None, None, :])`, or `masks.lengths(n)`.
       bias: numbers added to the logits, broadcast to [..., N, T, S]; -inf masks.
       score: function (score, head, q_position, k_position) → score of one scaled product, before bias and mask, such as
         `scores.alibi(8)`; what it closes over has gradients.
@@ -172,7 +178,7 @@ def apply(params: Params, x: Array, config: Config, *, memory: Array | None = No
 
     Raises:
       ValueError: for shapes that do not fit, with the sizes expected and got.
-      TypeError: for a mask that is not boolean, an option that does not exist.
+      TypeError: for a mask that is not boolean, an option that does not exist, arguments in another order.
 
     >>> config = Config(d_model=16, num_heads=4)
     >>> params = init_params(jax.random.key(0), config)
@@ -183,28 +189,23 @@ def apply(params: Params, x: Array, config: Config, *, memory: Array | None = No
       Vaswani et al. 2017, section 3.2. Grouped heads: Ainslie et al. 2023, "GQA", section 2.2. Gates: Michel et al.
       2019, "Are Sixteen Heads Really Better than One?", section 2.2 (their ξ).
     """
-    return apply_captured(params, x, config, memory=memory, capture=(), **options)[0]
+    arguments.named("attention.apply", options, Options, capture="write attention.apply_captured, which returns it")
+    return apply_captured(params, x, config, capture=(), **options)[0]
 
 
+@arguments.shown
 def apply_captured(
     params: Params,
     x: Array,
     config: Config,
     *,
-    memory: Array | None = None,
     capture: Sequence[str] | Capture = ("weights",),
-    memory_positions: Array | None = None,
-    positions: Array | None = None,
-    rotate: Callable[[Array, Array], Array] | None = None,
-    mask: Mask | ArrayLike | None = None,
-    intervention: Intervention = Intervention(),  # noqa: B008 - an immutable tuple
-    real: Array | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> tuple[Array, dict[str, Array]]:
     """`apply`, and what it computed on the way; the output is the same.
 
     Args:
-      params, x, config, memory: as in `apply`, and so are all its other options.
+      params, x, config: as in `apply`, and so are all its options.
       capture: what to return, any of
         "queries" [..., N, T, H], "keys" [..., K, S, H], "values" [..., K, S, Hv] as they enter the dot product,
         "logits" and "weights" [..., N, T, S] (scaled, scored and biased, -inf where masked; before dropout),
@@ -222,23 +223,27 @@ def apply_captured(
     Raises:
       ValueError: for a name that does not exist; else as `apply`.
     """
+    arguments.named("attention.apply_captured", options, Options)
+    arguments.order("attention.apply(params, x, config)", params, config, Params, Config, x=x)
     checks.stream("x", x, config)
-    mask = as_mask(mask)
+    memory, places = options.pop("memory", None), options.pop("memory_positions", None)
+    mask = options["mask"] = as_mask(options.get("mask"))
     if memory is None:
-        memory_positions = positions if memory_positions is None else memory_positions
-        memory = x
-        lengths = conditions(mask).lengths if real is None and "column_sums" in as_capture(capture).names else None
-        real = real if lengths is None else jnp.arange(x.shape[-2]) < jnp.asarray(lengths)[..., None]
+        memory, places = x, options.get("positions") if places is None else places
+        if options.get("real") is None and "column_sums" in as_capture(capture).names:
+            lengths = conditions(mask).lengths
+            if lengths is not None:
+                options["real"] = jnp.arange(x.shape[-2]) < jnp.asarray(lengths)[..., None]
     else:
+        arguments.order("attention.apply(params, x, config)", params, config, Params, Config, memory=memory)
         checks.stream("memory", memory, config)
         checks.same_leading(x, memory)
+    intervention = options.get("intervention", Intervention())
+    checks.changes("attention.apply", intervention)
     masked = _masked(mask, options.get("bias"), intervention)
-    answers = keys_values(params, memory, config, positions=memory_positions, rotate=rotate, masked=masked)
-    return apply_to(
-        params, x, answers, config,
-        mask=mask, positions=positions, rotate=rotate, capture=capture,
-        keys=tokens(memory.shape[-2], memory_positions), intervention=intervention, real=real, **options,
-    )  # fmt: skip
+    answers = keys_values(params, memory, config, positions=places, rotate=options.get("rotate"), masked=masked)
+    rest: Any = options  # those of `apply_to`
+    return apply_to(params, x, answers, config, capture=capture, keys=tokens(memory.shape[-2], places), **rest)
 
 
 def keys_values(
@@ -263,8 +268,10 @@ def keys_values(
     Returns:
       Keys [..., K, S, H] and values [..., K, S, Hv].
     """
+    arguments.order("attention.keys_values(params, memory, config)", params, config, Params, Config, memory=memory)
     checks.stream("memory", memory, config)
     checks.parameters(params, config)
+    checks.functions(None, rotate)
     checks.positions("memory_positions", positions, memory)
     params = jax.tree.map(lambda w: jnp.asarray(w, memory.dtype), params)
     k = _project(memory, params.w_k, params.b_k, masked)
@@ -281,7 +288,7 @@ def apply_to(
     config: Config,
     *,
     mask: Mask | ArrayLike | None = None,
-    bias: Array | None = None,
+    bias: ArrayLike | None = None,
     score: Callable[[Any, Any, Any, Any], Any] | None = None,
     kernel: str = "auto",
     positions: Array | None = None,
@@ -289,7 +296,7 @@ def apply_to(
     keys: Tokens | None = None,
     cached: bool = False,
     rotate: Callable[[Array, Array], Array] | None = None,
-    gates: Array | None = None,
+    gates: ArrayLike | None = None,
     intervention: Intervention = Intervention(),  # noqa: B008 - an immutable tuple
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
@@ -308,14 +315,17 @@ def apply_to(
     Returns:
       The output [..., T, D], and a dict with an array for every name in `capture`.
     """
+    arguments.order("attention.apply_to(params, x, answers, config)", params, config, Params, Config, x=x)
     checks.stream("x", x, config)
     checks.parameters(params, config)
+    checks.functions(score, rotate)
+    checks.changes("attention.apply", intervention)
     mask, asked = as_mask(mask), as_capture(capture)
     mask = intervention.edges if mask is None else mask if intervention.edges is None else mask & intervention.edges
     gates = _gates(gates, intervention)
     bias = None if bias is None else jnp.asarray(bias)
     whole = isinstance(start, int) and start == 0
-    checks.mask_sizes(mask, x.shape[-2] if whole else None, answers.k.shape[-2])
+    checks.mask_sizes(mask, x.shape[:-2], x.shape[-2] if whole else None, answers.k.shape[-2])
     checks.positions("positions", positions, x)
     checks.bias(bias, x)
     checks.gates(gates, x, config)
@@ -368,7 +378,7 @@ def _masked(mask: Mask | None, bias: Any, intervention: Intervention) -> bool:
     return any(a is not None for a in given)
 
 
-def _gates(gates: Array | None, intervention: Intervention) -> Array | None:
+def _gates(gates: ArrayLike | None, intervention: Intervention) -> Array | None:
     """Those of the option and those of the intervention, of which there is one."""
     if gates is not None and intervention.gates is not None:
         raise ValueError(

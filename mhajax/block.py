@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypedDict, Unpack, get_args
 
 import jax
 from jax import Array
+from jax.typing import ArrayLike
 
-from mhajax import attention, mlp, norm
+from mhajax import arguments, attention, mlp, norm
 from mhajax import cache as caches
 from mhajax.attention import KeysValues
 from mhajax.cache import Cache
@@ -79,6 +80,26 @@ class Gates(NamedTuple):
     cross: Array | None = None
 
 
+class CommonOptions(TypedDict, total=False):
+    """The keywords of a layer that those of a stack and of a language model are too; what they are, `run` says."""
+
+    mask: Mask | ArrayLike | None
+    gates: Gates
+    interventions: Interventions
+    kernel: str
+    dropout_key: Array | None
+
+
+class Options(CommonOptions, total=False):
+    """All keywords of `apply`."""
+
+    memory: Array | KeysValues | None
+    memory_mask: Mask | ArrayLike | None
+    positions: Array | None
+    rotate: Callable[[Array, Array], Array] | None
+    real: Array | None
+
+
 class Seen(NamedTuple):
     """What was captured in the two attentions."""
 
@@ -88,6 +109,7 @@ class Seen(NamedTuple):
 
 def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
     """Parameters of a layer; `cross` adds attention to a memory."""
+    arguments.init("block.init_params", key, config, Config)
     key_attention, key_cross, key_mlp = jax.random.split(key, 3)
     new_norm = partial(norm.init_params, config.d_model, config.norm)
     return Params(
@@ -100,8 +122,11 @@ def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
     )
 
 
-def apply(params: Params, x: Array, config: Config, **options: Any) -> Array:
-    """One layer, [..., T, D] to [..., T, D]. The options are those of `run`."""
+@arguments.shown
+def apply(params: Params, x: Array, config: Config, **options: Unpack[Options]) -> Array:
+    """One layer, [..., T, D] to [..., T, D]. The options are those of `run`, which also takes a cache and captures."""
+    instead = dict.fromkeys(("cache", "capture"), "write block.run, which returns it")
+    arguments.named("block.apply", options, Options, **instead)
     return run(params, x, config, **options)[0]
 
 
@@ -111,8 +136,8 @@ def run(
     config: Config,
     *,
     memory: Array | KeysValues | None = None,
-    mask: Mask | None = None,
-    memory_mask: Mask | None = None,
+    mask: Mask | ArrayLike | None = None,
+    memory_mask: Mask | ArrayLike | None = None,
     positions: Array | None = None,
     rotate: Callable[[Array, Array], Array] | None = None,
     gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
@@ -146,6 +171,8 @@ def run(
     Returns:
       [..., T, D], the cache with x appended (None without a cache), and the captured arrays.
     """
+    arguments.order("block.apply(params, x, config)", params, config, Params, Config, x=x)
+    check_changes("block.apply", gates, interventions)
     if (memory is None) != (params.cross is None):
         raise ValueError(
             f"block.apply: memory is {'missing' if memory is None else 'given'}, but params have "
@@ -156,6 +183,8 @@ def run(
             "block.apply: positions are for calls without a cache, which has its own; got positions and a cache."
         )
     captures = as_captures(capture)
+    if dropout_key is not None:
+        arguments.key("block.apply", dropout_key, "dropout_key")
     keys = [None] * 5 if dropout_key is None else jax.random.split(dropout_key, 5)
     weights_rate = 0.0 if dropout_key is None else config.attention_dropout
 
@@ -184,6 +213,13 @@ def run(
 
     y = mlp.apply(params.mlp, norm.apply(params.mlp_norm, x), config)
     return x + dropout(y, config.dropout, keys[4]), cache, Seen(seen, seen_across)
+
+
+def check_changes(who: str, gates: Any, interventions: Any) -> None:
+    """Raise a TypeError unless gates and interventions say which attention they are for."""
+    arguments.instance(who, "gates", gates, Gates, "block.Gates(attention=…)")
+    write = "block.Interventions(attention=…)"
+    arguments.instance(who, "interventions", interventions, Interventions, write)
 
 
 def as_captures(given: Sequence[str] | Capture | Captures) -> Captures:

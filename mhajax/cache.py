@@ -8,27 +8,30 @@ token is written in place, and what is there is read once.
     state = cache.init((batch,), capacity, config)
     y, state, _ = cache.extend(params, x, state, config, mask=masks.causal())
 
+How many tokens there are is not known under `jit`, so what does not fit cannot be refused there: the outputs of such a
+row are NaN, and `overflowed(state)` says which rows those are.
+
 What is not finite is taken out when it is written: such a token gets a key of NaN and a value of 0, and so spoils those
 who see it and nobody else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.typing import ArrayLike
 
-from mhajax import attention, masks
+from mhajax import arguments, attention, checks, masks
 from mhajax.attention import KeysValues
-from mhajax.interventions import Intervention
+from mhajax.interventions import Capture, Intervention
 from mhajax.masks import Mask
+from mhajax.options import HeadOptions
 
 _NOWHERE = 2**30  # the position of a slot that holds no token: after every query
 _FEW = 32  # tokens so few that their logits are held; longer chunks go the way of any attention
@@ -84,30 +87,29 @@ def init(
     >>> init((3,), 10, config).k.shape
     (3, 2, 10, 4)
     """
-    if capacity < 1:
+    if isinstance(capacity, int) and capacity < 1:
         raise ValueError(f"cache.init: capacity must be at least 1 token, got {capacity}.")
+    arguments.integer("cache.init", "capacity", capacity)
     heads = (*leading, config.kv_heads, capacity)
     k, v = (jnp.zeros((*heads, width), dtype) for width in (config.width, config.value_width))
     return Cache(k, v, jnp.int32(0), rolling)
 
 
+@arguments.shown
 def extend(
     params: attention.Params,
     x: Array,
     cache: Cache,
     config: attention.Config,
     *,
-    real: Array | None = None,
-    mask: Mask | ArrayLike | None = None,
-    rotate: Callable[[Array, Array], Array] | None = None,
-    intervention: Intervention = Intervention(),  # noqa: B008 - an immutable tuple
-    **options: Any,
+    capture: Sequence[str] | Capture = (),
+    **options: Unpack[HeadOptions],
 ) -> tuple[Array, Cache, dict[str, Array]]:
     """Attention of t more tokens to those in the cache and to themselves: the same as `attention.apply` on all of them.
 
     Args:
       params, config: as in `attention.apply`.
-      x: the next tokens, [..., t, D]; any t, and another one at every call.
+      x: the next tokens, [..., t, D]; any t from 1, and another one at every call.
       cache: from `init`, or what the last call returned.
       real: bool [..., t], False for padding, which is neither kept nor counted: prompts padded left or right, rows that
         stand still. Its outputs mean nothing. The new cache has a length for every row. None: all are real.
@@ -116,14 +118,14 @@ def extend(
       rotate: as in `attention.apply`.
       intervention: as in `attention.apply`; T are the new tokens, S the slots of the cache. The cache keeps what would
         be there without it.
-      **options: gates, score, dropout_rate, dropout_key, capture and kernel as in `attention.apply_captured`.
+      capture, gates, bias, score, dropout_rate, dropout_key, kernel: as in `attention.apply_captured`.
 
     Returns:
       The output [..., t, D], the cache with x in it, and a dict with an array for every name in `capture`.
 
     Raises:
       ValueError: if the tokens do not fit and the lengths are known. Under jit they are not: then the output of that
-        row is NaN, in this call and all that follow. A rolling cache has room for ever.
+        row is NaN, in this call and all that follow, and `overflowed` says so. A rolling cache has room for ever.
         For a mask that is looked up by index where index and slot differ.
 
     >>> config = attention.Config(d_model=16, num_heads=4)
@@ -136,8 +138,15 @@ def extend(
     References:
       Rolling: Jiang et al. 2023, "Mistral 7B", section 2 (rolling buffer cache; their W is our capacity).
     """
-    size = x.shape[-2]
-    mask = masks.as_mask(mask)
+    arguments.named("cache.extend", options, HeadOptions, positions="leave it out: the cache knows them")
+    call = "cache.extend(params, x, cache, config)"
+    arguments.order(call, params, config, attention.Params, attention.Config, x=x)
+    arguments.instance("cache.extend", "cache", cache, Cache, "cache.init(leading, capacity, config)")
+    checks.stream("x", x, config, who="cache.extend")
+    size, real = x.shape[-2], options.get("real")
+    rotate, intervention = options.get("rotate"), options.get("intervention", Intervention())
+    checks.changes("cache.extend", intervention)
+    mask = masks.as_mask(options.get("mask"), "cache.extend")
     _check_mask(mask, cache, options.get("bias"), real)
     _check_mask(intervention.edges, cache, None, real)
     _check_patches(intervention, cache)
@@ -151,16 +160,44 @@ def extend(
         answers, places = _with_chunk(cache, new, at if real is None else jnp.where(real, at, _NOWHERE))
     else:
         answers, places = KeysValues(after.k, after.v), after.positions
+    options["mask"] = visible if mask is None else visible & mask
     out, captured = attention.apply_to(
         params, x, answers, config,
-        mask=visible if mask is None else visible & mask, positions=at, rotate=rotate,
-        start=cache.length if cache.length.ndim == 0 else 0, keys=masks.tokens(places.shape[-1], places),
-        cached=size < _FEW, intervention=intervention, real=real, **options,
+        positions=at, start=cache.length if cache.length.ndim == 0 else 0,
+        keys=masks.tokens(places.shape[-1], places), cached=size < _FEW, capture=capture, **options,
     )  # fmt: skip
     if not cache.rolling:
-        overflow = after.length > cache.capacity
-        out = jnp.where(overflow[..., None, None], jnp.nan, out)
+        out = jnp.where(overflowed(after)[..., None, None], jnp.nan, out)
     return out, after, captured
+
+
+def overflowed(state: Any) -> Array:
+    """Whether more tokens were given than there is room for: the outputs of such rows are NaN from then on.
+
+    It is one comparison, so it can be asked in every step, inside `jit` too:
+
+        logits, state = language_model.extend(params, tokens, state, config)
+        full = cache.overflowed(state)  # and outside: assert not full.any(), `checkify.check(~full.any(), "…")`
+
+    Args:
+      state: a Cache, or what holds some of one text: the caches of all layers, a `translator.State`.
+
+    Returns:
+      bool [] where all rows are alike, else [...], one for every row; never True for a rolling cache.
+
+    Raises:
+      TypeError: if there is no Cache in it.
+
+    >>> config = attention.Config(d_model=16, num_heads=4)
+    >>> bool(overflowed(init((2,), 10, config)))
+    False
+    """
+    is_cache = lambda node: isinstance(node, Cache)  # noqa: E731
+    caches = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_cache) if is_cache(leaf)]
+    if not caches:
+        raise TypeError(f"cache.overflowed: state must hold a cache, got {arguments.kind_of(state)}.")
+    first = caches[0]  # all layers have seen the same tokens
+    return jnp.zeros(first.length.shape, bool) if first.rolling else first.length > first.capacity
 
 
 def positions(cache: Cache, size: int, real: Array | None = None) -> Array:
@@ -200,7 +237,12 @@ def append(cache: Cache, new: KeysValues, real: Array | None = None) -> Cache:
 
 
 def select(cache: Cache, rows: Array) -> Cache:
-    """The cache of these rows of the batch, in this order; rows may repeat. For inputs [B, t, D]."""
+    """The cache of these rows of the batch, in this order; rows may repeat. For inputs [B, t, D].
+
+    Raises:
+      ValueError: for a row that is known not to be there. Under jit it is not known: be sure of them.
+    """
+    arguments.below("cache.select", "rows", rows, cache.k.shape[0], "rows of the cache")
     length = cache.length if cache.length.ndim == 0 else cache.length[rows]
     return Cache(cache.k[rows], cache.v[rows], length, cache.rolling)
 

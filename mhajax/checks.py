@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax import dropout
+from mhajax import arguments, dropout
 from mhajax.interventions import Capture, Intervention
 from mhajax.masks import Mask
 
 
-def stream(name: str, x: Array, config: Any) -> None:
+def stream(name: str, x: Array, config: Any, who: str = "attention.apply") -> None:
     """x [..., T, D] or memory [..., S, D], floating point."""
     length = "T" if name == "x" else "S"
     if x.ndim < 2 or x.shape[-1] != config.d_model:
         raise ValueError(
-            f"attention.apply: {name} must be [..., {length}, D={config.d_model}], got {x.shape}; D is config.d_model."
+            f"{who}: {name} must be [..., {length}, D={config.d_model}], got {x.shape}; D is config.d_model."
         )
     if x.shape[-2] == 0:
-        raise ValueError(f"attention.apply: {name} must hold at least one token, got {length}=0 in {x.shape}.")
+        raise ValueError(f"{who}: {name} must hold at least one token, got {length}=0 in {x.shape}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"attention.apply: {name} must be floating point, got {x.dtype}; embed tokens first.")
+        raise TypeError(f"{who}: {name} must be floating point, got {x.dtype}; embed tokens first.")
 
 
 def same_leading(x: Array, memory: Array) -> None:
@@ -59,6 +60,11 @@ def positions(name: str, given: Array | None, x: Array) -> None:
     """Positions are integers [T], or [..., T] with the leading axes of x."""
     if given is None:
         return
+    if not hasattr(given, "dtype") or not jnp.issubdtype(given.dtype, jnp.number):
+        raise TypeError(
+            f"attention.apply: {name} must be an array of numbers, {x.shape[-2:-1]} or {x.shape[:-1]}, got "
+            f"{arguments.kind_of(given)}; write jnp.asarray(…)."
+        )
     if given.shape not in (x.shape[-2:-1], x.shape[:-1]):
         raise ValueError(
             f"attention.apply: {name} must be {x.shape[-2:-1]} or {x.shape[:-1]}, one for every token, "
@@ -66,16 +72,45 @@ def positions(name: str, given: Array | None, x: Array) -> None:
         )
 
 
-def mask_sizes(mask: Mask | None, num_queries: int | None, num_keys: int) -> None:
+def functions(score: Callable | None, rotate: Callable | None) -> None:
+    """What is called for every pair or token is a function, and not one that makes it."""
+    call, write = "(score, head, q_position, k_position) → score", "score=scores.alibi(num_heads), or your own"
+    if isinstance(score, FunctionType) and score.__module__ == "mhajax.scores":
+        raise TypeError(
+            f"attention.apply: score must be what scores.{score.__name__}(…) returns, got the function itself; call it."
+        )
+    arguments.function("attention.apply", "score", score, call, write)
+    arguments.function("attention.apply", "rotate", rotate, "(x, positions) → x", "rotate=positions.rotary")
+
+
+def mask_sizes(
+    mask: Mask | None,
+    leading: tuple[int, ...],
+    num_queries: int | None,
+    num_keys: int,
+    who: str = "attention.apply",
+) -> None:
     """A mask that was written out is for as many tokens as there are; None: fewer queries are asked about (a cache)."""
     if mask is None:
         return
-    for axis, have, want in zip(("T", "S"), mask.sizes(), (num_queries, num_keys), strict=True):
+    sizes = mask.sizes()
+    for axis, have, want in zip(("T", "S"), sizes, (num_queries, num_keys), strict=True):
         if want is not None and have not in (None, want):
+            advice = "cut the array to the tokens that are there"
+            if leading and sizes == (leading[0], num_keys):
+                advice = padding_advice("mask")
             raise ValueError(
-                f"attention.apply: mask must be for {axis}={want} {'queries' if axis == 'T' else 'keys'}, got one "
-                f"written out for {have}; cut the array to the tokens that are there."
+                f"{who}: mask must be for {axis}={want} {'queries' if axis == 'T' else 'keys'}, got one "
+                f"written out for {have}; {advice}."
             )
+
+
+def padding_advice(name: str) -> str:
+    """What to write for a mask [B, S] of padding."""
+    return (
+        f"if it is padding, [B, S] and True at real keys, write masks.dense({name}[:, None, None, :]), or "
+        f"masks.lengths({name}.sum(-1)) where padding comes last"
+    )
 
 
 def bias(given: Array | None, x: Array) -> None:
@@ -96,6 +131,11 @@ def gates(given: Array | None, x: Array, config: Any) -> None:
     if given is None:
         return
     _amount("gates", given, x.shape[:-2], ("N", config.num_heads), ("T", x.shape[-2]))
+
+
+def changes(who: str, given: Any) -> None:
+    """An Intervention, not the function that makes it or a gate."""
+    arguments.instance(who, "intervention", given, Intervention, "interventions.zero(…), or gates= for factors")
 
 
 def intervention(given: Intervention, x: Array, num_keys: int, config: Any) -> None:
@@ -143,6 +183,8 @@ def _amount(name: str, given: Array, leading: tuple[int, ...], heads: tuple[str,
 def dropped(rate: float, key: Array | None) -> None:
     """A rate below 1, and a key if anything is dropped."""
     dropout.check_rate("attention.apply", "dropout_rate", rate)
+    if key is not None:
+        arguments.key("attention.apply", key, "dropout_key")
     if rate and key is None:
         raise ValueError(
             f"attention.apply: dropout_rate={rate} needs dropout_key, a PRNG key; "

@@ -3,10 +3,14 @@
     step(tokens [B], cache) → (logits [B, V], cache)
 
 All functions can be jitted; lengths are static, texts that end early are filled up with the token that ends them.
+
+A cache that has no room left gives logits of NaN under jit, of which no token means anything: make it for as many
+tokens as are seen and made, and ask `cache.overflowed` where that is not sure.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from mhajax import arguments
 
 Cache = Any
 Step = Callable[[Array, Cache], tuple[Array, Cache]]
@@ -78,7 +84,13 @@ def generate(
 
     Returns:
       Tokens [B, length]; after `end` only `end`. Stops early when all texts are over.
+
+    Raises:
+      TypeError, ValueError: for an argument of another kind, or out of range.
     """
+    arguments.integer("decoding.generate", "length", length, least=0)
+    arguments.key("decoding.generate", key)
+    arguments.function("decoding.generate", "choose", choose, "(logits, key) → tokens", "decoding.greedy or sampler(…)")
     tokens = jnp.zeros((first.shape[0], length), first.dtype) if end is None else jnp.full(
         (first.shape[0], length), end, first.dtype
     )  # fmt: skip
@@ -90,6 +102,7 @@ def generate(
     def one_more(state: tuple) -> tuple:
         t, last, cache, over, tokens = state
         logits, cache = step(last, cache)
+        _check_end("generate", end, logits)
         token = choose(logits, jax.random.fold_in(key, t)).astype(first.dtype)
         if end is not None:
             token = jnp.where(over, end, token)
@@ -98,6 +111,12 @@ def generate(
 
     start = (jnp.int32(0), first, cache, jnp.zeros(first.shape, bool), tokens)
     return jax.lax.while_loop(unfinished, one_more, start)[-1]
+
+
+def _check_end(who: str, end: int | None, logits: Array) -> None:
+    """Raise a ValueError for an end that no text can have."""
+    if end is not None:
+        arguments.below(f"decoding.{who}", "end", end, logits.shape[-1], "tokens in the vocabulary, V")
 
 
 class Beam(NamedTuple):
@@ -123,6 +142,9 @@ def beam_search(
     Texts that are over are ranked by log-probability / ((5 + number of tokens) / 6)^length_penalty. An example stops
     when no text under way can still beat its k finished ones.
 
+    One beam is not `greedy`: the likeliest token that does not end the text is followed even where the end is likelier,
+    and the best of the texts that could have ended on the way wins. For greedy texts: `generate(…, greedy, …)`.
+
     Args:
       step: the model, for B·k rows: the k texts of an example are neighbours.
       select: (cache, rows [B·k]) → the cache of those rows; rows move only among the k of one example.
@@ -131,24 +153,38 @@ def beam_search(
       beams: k.
       length: longest text, the end included; what is not over by then counts as over.
       end: the token after which a text is over.
-      length_penalty: 0 prefers short texts, 1 is about neutral.
+      length_penalty: 0 prefers short texts, 1 is about neutral; below 0 short texts are preferred even more.
+
+    Raises:
+      TypeError, ValueError: for an argument of another kind, or out of range.
 
     References:
       Wu et al. 2016, "Google's Neural Machine Translation System", section 7 (length normalisation).
     """
+    arguments.integer("decoding.beam_search", "beams", beams)
+    arguments.integer("decoding.beam_search", "length", length)
+    if arguments.known(length_penalty) and not math.isfinite(length_penalty):
+        raise ValueError(f"decoding.beam_search: length_penalty must be finite, got {length_penalty}.")
     batch = first.shape[0]
     penalty = lambda count: ((5.0 + count) / 6.0) ** length_penalty  # noqa: E731
     pick = partial(jnp.take_along_axis, axis=1)
 
     def unfinished(state: tuple) -> Array:
         t, _, _, alive_scores, _, done_scores, _ = state
-        hope = alive_scores[:, 0] / penalty(length)  # log-probabilities only fall: the best that can still come
+        # Log-probabilities only fall, so the best that can still come is what there is by the largest penalty: that of
+        # the longest text or, where penalties fall, of the next token.
+        hope = alive_scores[:, 0] / jnp.maximum(penalty(length), penalty(t + 1.0))
         return (t < length) & jnp.any(hope > done_scores[:, -1])
 
     def one_more(state: tuple) -> tuple:
         t, last, alive, alive_scores, done, done_scores, cache = state
         logits, cache = step(last.reshape(-1), cache)
         vocabulary = logits.shape[-1]
+        _check_end("beam_search", end, logits)
+        if vocabulary < 2:
+            raise ValueError(
+                f"decoding.beam_search: the step must give logits [B·k, V] with V at least 2, got {logits.shape}."
+            )
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, beams, vocabulary)
         scores = (alive_scores[..., None] + log_p).reshape(batch, -1)
         # 2k candidates hold at least k that are not over, because each text has one continuation that ends it.

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax import kernels, masks
+from mhajax import checks, kernels, masks
 from mhajax.masks import Mask, tokens
 
 
@@ -78,17 +78,19 @@ def dot_product_attention(
     rank, batched = 4, q.ndim == 4
     if not batched:
         q, k, v, rank = q[None], k[None], v[None], 3
+    full = (*q.shape[-rank:-1], k.shape[-2])
     if bias is not None:
-        bias = _full_rank(who, "bias", bias, rank)
+        bias = _full_rank(who, "bias", bias, full)
     if mask is not None and not isinstance(mask, Mask):
-        mask = _full_rank(who, "mask", mask, rank)
+        mask = _full_rank(who, "mask", mask, full)
         mask = masks.dense(mask if batched else mask[None])
+    checks.mask_sizes(mask, q.shape[:1], q.shape[-2], k.shape[-2], who=who)
     conditions = [] if mask is None else [mask]
     if is_causal:
         conditions.append(masks.causal())
     if local_window_size is not None:
         both = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
-        conditions.append(masks.window(*both))
+        conditions.append(masks.window(both[0], after=both[1]))
     if key_value_seq_lengths is not None:
         conditions.append(masks.lengths(_lengths(who, "key_value_seq_lengths", key_value_seq_lengths, len(q))))
     if query_seq_lengths is not None:
@@ -133,7 +135,8 @@ def of_flax(
       value: [..., S, K, Hv].
       bias: broadcasts to [..., N, T, S].
       mask: broadcasts to [..., N, T, S]; booleans, or numbers of which 0 masks.
-      is_causal: a query sees keys of its own index and before.
+      is_causal: a query sees keys of its own index and before; refused for one query of several keys, where that is
+        key 0 alone.
       dropout_key: PRNG key of the dropout.
       dropout_rate: share of the weights that is dropped.
       precision: of the products.
@@ -149,9 +152,15 @@ def of_flax(
     q, k, v = heads_first(who, query, key, value)
     if dropout_rate and dropout_key is None:
         raise ValueError(f"{who}: dropout_rate={dropout_rate} needs dropout_rng, a PRNG key, or deterministic=True.")
+    full = (*q.shape[:-1], k.shape[-2])
+    if is_causal and q.shape[-2] == 1 < k.shape[-2]:
+        raise ValueError(
+            f"{who}: is_causal with one query and {k.shape[-2]} keys would let it see key 0 only, as key and query are "
+            "compared by index; leave is_causal out. In decode mode Flax's layer masks what is not yet there itself."
+        )
     allowed = None
     if mask is not None:
-        mask = _full_rank(who, "mask", mask, q.ndim) != 0
+        mask = _full_rank(who, "mask", mask, full) != 0
         allowed = masks.per_head(mask) if q.ndim == 3 else masks.dense(mask)
     if is_causal:
         allowed = masks.causal() if allowed is None else allowed & masks.causal()
@@ -161,7 +170,7 @@ def of_flax(
         heads, seen = kernels.attend(
             q, k, v,
             queries=tokens(q.shape[-2]), keys=tokens(k.shape[-2]),
-            mask=allowed, bias=None if bias is None else _full_rank(who, "bias", bias, q.ndim),
+            mask=allowed, bias=None if bias is None else _full_rank(who, "bias", bias, full),
             dropout_rate=dropout_rate, dropout_key=dropout_key if dropout_rate else None,
             kernel="dense" if asked else "auto", capture=("weights",) if weights else (),
         )  # fmt: skip
@@ -190,19 +199,26 @@ def heads_first(who: str, query: Array, key: Array, value: Array) -> tuple[Array
     return jnp.swapaxes(query, -2, -3), jnp.swapaxes(key, -2, -3), jnp.swapaxes(value, -2, -3)
 
 
-def _full_rank(who: str, name: str, array: Any, rank: int) -> Array:
+def _full_rank(who: str, name: str, array: Any, full: tuple[int, ...]) -> Array:
     """A mask or bias with the axes [..., N, T, S] that it lacks, where there is only one way to read it.
 
     Raises:
-      ValueError: if leading axes are missing and another one could be taken for them.
+      TypeError: for a function that would have to be called.
+      ValueError: if leading axes are missing and another one could be taken for them, or sizes are not those of `full`.
     """
-    array = jnp.asarray(array)
+    masks.uncalled(who, array)
+    array, rank = jnp.asarray(array), len(full)
     if array.ndim < rank and any(size > 1 for size in array.shape[:-2]) or array.ndim > rank:
         raise ValueError(
             f"{who}: {name} must have {rank} axes, [..., N, T, S] with 1 where it is shared, got {array.shape}; "
             f"write {name}[None] for one per head, {name}[:, None] for one per example."
         )
-    return array.reshape((1,) * (rank - array.ndim) + array.shape)
+    padded = (1,) * (rank - array.ndim) + array.shape
+    if any(have not in (1, want) for have, want in zip(padded, full, strict=True)):
+        padding = rank > 3 and array.shape == (full[0], full[-1])
+        advice = checks.padding_advice(name) if padding and name == "mask" else "use 1 for an axis that is shared"
+        raise ValueError(f"{who}: {name} must broadcast to [..., N, T, S] = {full}, got {array.shape}; {advice}.")
+    return array.reshape(padded)
 
 
 def _lengths(who: str, name: str, given: Any, batch: int) -> Array:

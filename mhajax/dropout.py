@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from mhajax.arguments import kind_of, known
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -53,7 +56,9 @@ def keep_at(words: Array, rate: float, index: Array) -> Array:
 
 
 def check_rate(who: str, name: str, rate: float) -> None:
-    """Raise a ValueError unless the rate is a probability below 1."""
+    """Raise unless the rate is a probability below 1, a number that is there (static under jit)."""
+    if isinstance(rate, bool) or not known(rate) or not isinstance(rate, int | float | np.number | Array):
+        raise TypeError(f"{who}: {name} must be a number in [0, 1), static under jit, got {kind_of(rate)}.")
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"{who}: {name} must be in [0, 1), got {rate}; it is the share that is set to zero.")
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mhajax import arguments, precision
 from mhajax import positions as places
-from mhajax import precision
 
 Positions = Literal["rotary", "sinusoidal", "none"]
 
@@ -26,11 +26,21 @@ def init_params(key: Array, vocab_size: int, width: int) -> Array:
 
 
 def embed(table: Array, tokens: Array, positions: Array, kind: Positions) -> Array:
-    """The vectors of tokens [..., T], scaled to unit variance: [..., T, D]; with sinusoids added if `kind` says so."""
+    """The vectors of tokens [..., T], scaled to unit variance: [..., T, D]; with sinusoids added if `kind` says so.
+
+    An id that is not in the table is none of its rows: negative ones are not counted from the end, too large ones are
+    not the last. Under jit, where ids are not known, such a token gets NaN, as a cache that is full does.
+
+    Raises:
+      TypeError: if tokens are not integers.
+      ValueError: for an id that is known not to be in the table.
+    """
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"embedding.embed: tokens must be integers [..., T], got {tokens.dtype} {tokens.shape}.")
-    width = table.shape[-1]
-    x = jnp.asarray(table)[tokens] * width**0.5
+    vocab_size, width = table.shape
+    arguments.below("embedding.embed", "tokens", tokens, vocab_size, "tokens in the vocabulary, V")
+    rows = jnp.asarray(table).at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    x = rows * width**0.5
     return x + places.sinusoids(positions, width).astype(x.dtype) if kind == "sinusoidal" else x
 
 

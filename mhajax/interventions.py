@@ -60,6 +60,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from mhajax import arguments
 from mhajax.masks import Mask, as_mask
 
 
@@ -147,15 +148,22 @@ def resample(heads: ArrayLike, order: ArrayLike, amount: ArrayLike = True) -> In
 
     Args:
       heads: outputs that were captured for a batch, [B, N, T, Hv] or [L, B, N, T, Hv].
-      order: which example each one gets, integers [B], such as a permutation.
+      order: which example each one gets, integers [B], such as a permutation. Under jit, where it is not known, an
+        example that is not there is NaN.
       amount: as in `Patch`.
+
+    Raises:
+      ValueError: if the outputs are of no batch, or an example is known not to be there.
 
     References:
       Chan et al. 2022, "Causal Scrubbing" (resampling ablation).
     """
     heads = jnp.asarray(heads)
     _examples("resample", heads)
-    return patched("heads", jnp.take(heads, jnp.asarray(order), axis=-4), amount)
+    arguments.below("interventions.resample", "order", order, heads.shape[-4], "examples")
+    others = jnp.moveaxis(heads, -4, 0).at[jnp.asarray(order)]
+    others = others.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return patched("heads", jnp.moveaxis(others, 0, -4), amount)
 
 
 def uniform(amount: ArrayLike = True) -> Intervention:
@@ -178,7 +186,7 @@ def without_edges(pairs: Mask | ArrayLike) -> Intervention:
     Args:
       pairs: a Mask, or booleans [T, S] or [B, N, T, S] in which any axis may be 1; for a stack [L, B, N, T, S].
     """
-    mask = as_mask(pairs)
+    mask = as_mask(pairs, "interventions.without_edges")
     if mask is None:
         raise TypeError("interventions.without_edges: pairs must be a Mask or booleans, got None.")
     return Intervention(edges=~mask)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mhajax import arguments, embedding, masks, transformer
 from mhajax import cache as caches
-from mhajax import embedding, masks, transformer
-from mhajax.block import Captures, Gates, Interventions, Seen
+from mhajax.block import Captures, CommonOptions, Seen
 from mhajax.dropout import dropout
 from mhajax.interventions import Capture
 from mhajax.transformer import Caches
@@ -32,6 +32,7 @@ class Config(transformer.Config):
 
     def __post_init__(self):
         transformer.Config.__post_init__(self)
+        arguments.integers(self, "vocab_size", optional=True)
         embedding.check_kind(self.positions)
 
 
@@ -42,12 +43,20 @@ class Params(NamedTuple):
     stack: transformer.Params
 
 
+class Options(CommonOptions, total=False):
+    """All keywords of `apply`."""
+
+    positions: Array | None
+
+
 def init_params(key: Array, config: Config) -> Params:
     """Parameters of the model.
 
     Raises:
+      TypeError: if key is no PRNG key.
       ValueError: if config.vocab_size is not set.
     """
+    arguments.init("language_model.init_params", key, config, Config)
     if config.vocab_size is None:
         raise ValueError("language_model.init_params: config.vocab_size must be a number, got None; set it.")
     key_embedding, key_stack = jax.random.split(key)
@@ -57,53 +66,65 @@ def init_params(key: Array, config: Config) -> Params:
     )
 
 
-def apply(params: Params, tokens: Array, config: Config, **options: Any) -> Array:
+@arguments.shown
+def apply(params: Params, tokens: Array, config: Config, **options: Unpack[Options]) -> Array:
     """Logits of the next token at every place.
 
     Args:
       params: from `init_params`.
-      tokens: integers [..., T].
+      tokens: integers [..., T], from 0 to V - 1. Others are refused; under jit, where they are not known, they give NaN
+        wherever they are seen, as in `embedding.embed`.
       config: the shape; static under jit.
-      **options: mask (combined with the causal one), positions, gates (of `block.Gates`, [L, N] or [L, ..., N]),
-        interventions (of `block.Interventions`, every leaf [L, ...]), kernel (as in `attention.apply`), dropout_key.
+      mask: a Mask, or booleans, as in `attention.apply`, combined with the causal one.
+      positions: integers [T] or [..., T]; 0, 1, 2, … if None.
+      gates: of `block.Gates`, [L, N] or [L, ..., N].
+      interventions: of `block.Interventions`, every leaf [L, ...].
+      kernel: as in `attention.apply`.
+      dropout_key: PRNG key; None is evaluation.
 
     Returns:
       float32 [..., T, V].
+
+    Raises:
+      ValueError, TypeError: for tokens that are not in the vocabulary; else as `attention.apply`.
     """
-    return embedding.logits(params.embedding, features(params, tokens, config, **options))
+    instead = {
+        "capture": "write language_model.apply_captured, which returns it",
+        "cache": "write language_model.extend",
+    }
+    arguments.named("language_model.apply", options, Options, **instead)
+    x = features(params, tokens, config, **options)
+    return embedding.logits(params.embedding, x)
 
 
+@arguments.shown
 def apply_captured(
     params: Params,
     tokens: Array,
     config: Config,
     *,
     capture: Sequence[str] | Capture | Captures = ("weights",),
-    **options: Any,
+    real: Array | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Array, Seen]:
     """`apply`, and the arrays named in `attention.CAPTURES`, [L, ..., N, …].
 
-    Names are of every layer, head and row; an `interventions.Capture` chooses some, and nothing else is computed.
+    Args:
+      params, tokens, config: as in `apply`, and so are its options.
+      capture: names, of every layer, head and row; an `interventions.Capture` chooses some, and nothing else is
+        computed.
+      real: bool [..., T], False for padding, whose queries "column_sums" do not count. None: as in `attention.apply`.
     """
-    x, _, seen = run(params, tokens, config, capture=capture, **options)
+    arguments.named("language_model.apply_captured", options, Options)
+    x, _, seen = run(params, tokens, config, capture=capture, real=real, **options)
     return embedding.logits(params.embedding, x), seen
 
 
-def features(
-    params: Params,
-    tokens: Array,
-    config: Config,
-    *,
-    mask: masks.Mask | None = None,
-    positions: Array | None = None,
-    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
-    interventions: Interventions = Interventions(),  # noqa: B008
-    kernel: str = "auto",
-    dropout_key: Array | None = None,
-) -> Array:
+@arguments.shown
+def features(params: Params, tokens: Array, config: Config, **options: Unpack[Options]) -> Array:
     """What the logits are computed from, [..., T, D]: for losses that never hold [..., T, V]. Options as in `apply`."""
-    options = {"mask": mask, "positions": positions, "gates": gates, "interventions": interventions}
-    return run(params, tokens, config, kernel=kernel, dropout_key=dropout_key, **options)[0]
+    arguments.named("language_model.features", options, Options)
+    return run(params, tokens, config, **options)[0]
 
 
 def init_cache(
@@ -113,7 +134,16 @@ def init_cache(
     return transformer.init_cache(leading, capacity, config, dtype, rolling=rolling)
 
 
-def extend(params: Params, tokens: Array, cache: Caches, config: Config, **options: Any) -> tuple[Array, Caches]:
+@arguments.shown
+def extend(
+    params: Params,
+    tokens: Array,
+    cache: Caches,
+    config: Config,
+    *,
+    real: Array | None = None,
+    **options: Unpack[CommonOptions],
+) -> tuple[Array, Caches]:
     """Logits [..., t, V] of t more tokens [..., t] after those in the cache, and the cache with them.
 
     Prompt and single tokens are the same call; the logits equal those of `apply` on the whole text (with
@@ -121,28 +151,38 @@ def extend(params: Params, tokens: Array, cache: Caches, config: Config, **optio
 
     Args:
       params, tokens, config: as in `apply`.
-      cache: from `init_cache`, or of the last call.
-      **options: mask, gates and interventions as in `apply`; real, bool [..., t], False for padding, as in
-        `cache.extend`: prompts of different lengths, rows that stand still.
+      cache: from `init_cache`, or of the last call. More tokens than it has room for give NaN under jit; whether that
+        has happened, `cache.overflowed` of the new cache says.
+      real: bool [..., t], False for padding, as in `cache.extend`: prompts of different lengths, rows that stand still.
+      mask, gates, interventions, kernel, dropout_key: as in `apply`.
+
+    Raises:
+      ValueError: if the tokens do not fit and the lengths are known, as `cache.extend`.
     """
-    x, cache, _ = run(params, tokens, config, cache=cache, **options)
+    arguments.named("language_model.extend", options, CommonOptions, positions="leave it out: the cache knows them")
+    x, cache, _ = run(params, tokens, config, cache=cache, real=real, **options)
     return embedding.logits(params.embedding, x), cache
 
 
+@arguments.shown
 def run(
     params: Params,
     tokens: Array,
     config: Config,
     *,
-    mask: masks.Mask | None = None,
-    positions: Array | None = None,
-    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
-    dropout_key: Array | None = None,
     cache: Caches | None = None,
     real: Array | None = None,
-    **options: Any,
+    capture: Sequence[str] | Capture | Captures = (),
+    **options: Unpack[Options],
 ) -> tuple[Array, Any, Seen]:
     """Features, cache and captured arrays; `apply`, `apply_captured`, `features` and `extend` are views of it."""
+    arguments.named("language_model.run", options, Options)
+    call = "language_model.apply(params, tokens, config)"
+    arguments.order(call, params, config, Params, Config, tokens=tokens)
+    mask, positions = masks.as_mask(options.get("mask"), "language_model.apply"), options.get("positions")
+    dropout_key = options.get("dropout_key")
+    if dropout_key is not None:
+        arguments.key("language_model.apply", dropout_key, "dropout_key")
     key_embedding, key_stack = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     if cache is not None:
         places = caches.positions(cache[0], tokens.shape[-1], real)
@@ -150,9 +190,8 @@ def run(
         places = positions = jnp.arange(tokens.shape[-1]) if positions is None else positions
     x = dropout(embedding.embed(params.embedding, tokens, places, config.positions), config.dropout, key_embedding)
     causal = masks.causal()
-    return transformer.run(
-        params.stack, x, config,
-        mask=causal if mask is None else causal & mask, positions=positions,
-        rotate=embedding.rotation(config.positions), gates=gates, dropout_key=key_stack, cache=cache, real=real,
-        **options,
-    )  # fmt: skip
+    own: Options = {
+        **options, "mask": causal if mask is None else causal & mask, "positions": positions, "dropout_key": key_stack,
+    }  # fmt: skip
+    rotate = embedding.rotation(config.positions)
+    return transformer.run(params.stack, x, config, rotate=rotate, cache=cache, real=real, capture=capture, **own)

@@ -10,14 +10,15 @@ NamedTuples that every function of this library takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from flax import linen as nn
 from flax.linen import dtypes
 from jax import Array
 
-from mhajax import attention, drop_in, language_model, translator
+from mhajax import arguments, attention, drop_in, language_model, translator
+from mhajax.options import LayerOptions
 from mhajax.tree import from_dict, to_dict
 
 
@@ -40,8 +41,17 @@ class MultiHeadAttention(nn.Module):
     dropout_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Array, memory: Array | None = None, *, deterministic: bool = True, **options: Any) -> Array:
+    @arguments.shown
+    def __call__(
+        self,
+        x: Array,
+        memory: Array | None = None,
+        *,
+        deterministic: bool = True,
+        **options: Unpack[LayerOptions],
+    ) -> Array:
         """x [..., T, D] attends to itself or to memory [..., S, D]; the options are those of `attention.apply`."""
+        _check(self, attention.Config)
         dropout = {}
         if self.dropout_rate and not deterministic:
             dropout = {"dropout_rate": self.dropout_rate, "dropout_key": self.make_rng("dropout")}
@@ -61,14 +71,21 @@ class LanguageModel(nn.Module):
     config: language_model.Config
 
     def setup(self) -> None:
+        _check(self, language_model.Config)
         self.functional_params = _params(self)
 
-    def __call__(self, tokens: Array, *, deterministic: bool = True, **options: Any) -> Array:
+    @arguments.shown
+    def __call__(
+        self, tokens: Array, *, deterministic: bool = True, **options: Unpack[language_model.Options]
+    ) -> Array:
         """Logits [..., T, V] of tokens [..., T]; the options are those of `language_model.apply`."""
         dropout = _dropout(self, deterministic)
         return language_model.apply(self.functional_params, tokens, self.config, **dropout, **options)
 
-    def features(self, tokens: Array, *, deterministic: bool = True, **options: Any) -> Array:
+    @arguments.shown
+    def features(
+        self, tokens: Array, *, deterministic: bool = True, **options: Unpack[language_model.Options]
+    ) -> Array:
         """What the logits are computed from, [..., T, D]."""
         dropout = _dropout(self, deterministic)
         return language_model.features(self.functional_params, tokens, self.config, **dropout, **options)
@@ -81,14 +98,21 @@ class Translator(nn.Module):
     config: translator.Config
 
     def setup(self) -> None:
+        _check(self, translator.Config)
         self.functional_params = _params(self)
 
-    def __call__(self, source: Array, target: Array, *, deterministic: bool = True, **options: Any) -> Array:
+    @arguments.shown
+    def __call__(
+        self, source: Array, target: Array, *, deterministic: bool = True, **options: Unpack[translator.Options]
+    ) -> Array:
         """Logits [..., T, V] of targets [..., T]; the options are those of `translator.apply`."""
         dropout = _dropout(self, deterministic)
         return translator.apply(self.functional_params, source, target, self.config, **dropout, **options)
 
-    def features(self, source: Array, target: Array, *, deterministic: bool = True, **options: Any) -> Array:
+    @arguments.shown
+    def features(
+        self, source: Array, target: Array, *, deterministic: bool = True, **options: Unpack[translator.Options]
+    ) -> Array:
         """What the logits are computed from, [..., T, D]."""
         dropout = _dropout(self, deterministic)
         return translator.features(self.functional_params, source, target, self.config, **dropout, **options)
@@ -179,6 +203,13 @@ def functional(module: Any, variables: Mapping[str, Any]) -> Any:
       ValueError: if a parameter is missing or unknown, with its path.
     """
     return from_dict(variables.get("params", variables), _template(module))
+
+
+def _check(module: Any, kind: type) -> None:
+    """Raise a TypeError for another config."""
+    name = type(module).__name__
+    write = f"linen.{name}({kind.__module__.removeprefix('mhajax.')}.Config(…))"
+    arguments.instance(f"linen.{name}", "config", module.config, kind, write)
 
 
 def _template(module: Any) -> Any:

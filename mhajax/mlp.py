@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mhajax import arguments
+
 _ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swiglu": jax.nn.silu}
 
 
@@ -27,10 +29,8 @@ class Config:
     activation: Literal["relu", "gelu", "swiglu"] = "gelu"
 
     def __post_init__(self):
-        for name in ("d_model", "d_ff"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
+        arguments.integers(self, "d_model")
+        arguments.integers(self, "d_ff", optional=True)
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}.")
 
@@ -52,6 +52,7 @@ class Params(NamedTuple):
 
 def init_params(key: Array, config: Config) -> Params:
     """Normal weights of variance 1/fan_in, zero biases."""
+    arguments.init("mlp.init_params", key, config, Config)
     key_in, key_out, key_gate = jax.random.split(key, 3)
     d, f = config.d_model, config.hidden
     return Params(
@@ -69,6 +70,7 @@ def apply(params: Params, x: Array, config: Config) -> Array:
     References:
       Vaswani et al. 2017, section 3.3; gated: Shazeer 2020, "GLU Variants Improve Transformer".
     """
+    arguments.order("mlp.apply(params, x, config)", params, config, Params, Config, x=x)
     params = jax.tree.map(lambda w: w.astype(x.dtype), params)
     activation = jax.checkpoint(_ACTIVATIONS[config.activation])  # its steps are cheaper to do again than to keep
     hidden = activation(_widen(x, params.w_in) + params.b_in)

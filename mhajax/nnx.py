@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import Array
 
-from mhajax import attention, drop_in, language_model, translator
+from mhajax import arguments, attention, drop_in, language_model, translator
+from mhajax.options import LayerOptions
 
 
 class _Parameters(nnx.Module):
@@ -38,11 +39,16 @@ class _Adapter(_Parameters):
 
     functions: ClassVar[ModuleType]
 
-    def __init__(self, config: Any, *, drops: float, deterministic: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Any, *, dropout_rate: float | None = None, deterministic: bool, rngs: nnx.Rngs):
+        who = f"nnx.{type(self).__name__}"
+        arguments.instance(who, "config", config, self.functions.Config, f"{self.functions.__name__[7:]}.Config(…)")
+        arguments.instance(who, "rngs", rngs, nnx.Rngs, "nnx.Rngs(0)")
         super().__init__(self.functions.init_params(rngs.params(), config))
         self.config = config
         self.deterministic = deterministic
-        self.rngs = rngs.dropout.fork() if drops else None
+        if dropout_rate is None:  # a model, whose config says it
+            dropout_rate = config.dropout or config.attention_dropout
+        self.rngs = rngs.dropout.fork() if dropout_rate else None
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """For `nnx.view`.
@@ -84,12 +90,13 @@ class MultiHeadAttention(_Adapter):
     def __init__(
         self, config: attention.Config, *, dropout_rate: float = 0.0, deterministic: bool = False, rngs: nnx.Rngs
     ):
-        super().__init__(config, drops=dropout_rate, deterministic=deterministic, rngs=rngs)
+        super().__init__(config, dropout_rate=dropout_rate, deterministic=deterministic, rngs=rngs)
         self.dropout_rate = dropout_rate
 
+    @arguments.shown
     def __call__(
         self, x: Array, memory: Array | None = None, *,
-        deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Any,
+        deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Unpack[LayerOptions],
     ) -> Array:  # fmt: skip
         """x [..., T, D] attends to itself or to memory [..., S, D]; the options are those of `attention.apply`."""
         dropout = self._dropout(deterministic, rngs)
@@ -118,18 +125,29 @@ class LanguageModel(_Adapter):
     stack: Any  # every leaf of stack.layers is [L, ...]
 
     def __init__(self, config: language_model.Config, *, deterministic: bool = False, rngs: nnx.Rngs):
-        drops = config.dropout or config.attention_dropout
-        super().__init__(config, drops=drops, deterministic=deterministic, rngs=rngs)
+        super().__init__(config, deterministic=deterministic, rngs=rngs)
 
+    @arguments.shown
     def __call__(
-        self, tokens: Array, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Any
+        self,
+        tokens: Array,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+        **options: Unpack[language_model.Options],
     ) -> Array:
         """Logits [..., T, V] of tokens [..., T]; the options are those of `language_model.apply`."""
         dropout = self._dropout(deterministic, rngs)
         return language_model.apply(functional(self), tokens, self.config, **dropout, **options)
 
+    @arguments.shown
     def features(
-        self, tokens: Array, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Any
+        self,
+        tokens: Array,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+        **options: Unpack[language_model.Options],
     ) -> Array:
         """What the logits are computed from, [..., T, D]."""
         dropout = self._dropout(deterministic, rngs)
@@ -155,20 +173,21 @@ class Translator(_Adapter):
     decoder: Any
 
     def __init__(self, config: translator.Config, *, deterministic: bool = False, rngs: nnx.Rngs):
-        drops = config.dropout or config.attention_dropout
-        super().__init__(config, drops=drops, deterministic=deterministic, rngs=rngs)
+        super().__init__(config, deterministic=deterministic, rngs=rngs)
 
+    @arguments.shown
     def __call__(
         self, source: Array, target: Array, *,
-        deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Any,
+        deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Unpack[translator.Options],
     ) -> Array:  # fmt: skip
         """Logits [..., T, V] of sources [..., S], targets [..., T]; the options are those of `translator.apply`."""
         dropout = self._dropout(deterministic, rngs)
         return translator.apply(functional(self), source, target, self.config, **dropout, **options)
 
+    @arguments.shown
     def features(
         self, source: Array, target: Array, *,
-        deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Any,
+        deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Unpack[translator.Options],
     ) -> Array:  # fmt: skip
         """What the logits are computed from, [..., T, D]."""
         dropout = self._dropout(deterministic, rngs)
@@ -212,7 +231,9 @@ def attention_fn(
         there is only one.
       module: where the weights are sown, as an `nnx.Intermediate`, "attention_weights"; they hold T × S numbers.
       promote_dtype: function (arrays, dtype=) → arrays of one dtype.
-      is_causal: a query sees keys of its own index and before; no T × S booleans.
+      is_causal: a query sees keys of its own index and before; no T × S booleans. Refused for one query of several keys
+        (a layer of an older Flax in decode mode, whose fault it is): that query would see key 0 only. The layer masks
+        what is not yet there itself, so leave it out there.
 
     Returns:
       [..., T, N, Hv].

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mhajax import attention, block, norm
+from mhajax import arguments, attention, block, norm
 from mhajax import cache as caches
 from mhajax.attention import KeysValues
-from mhajax.block import Captures, Gates, Interventions, Seen
+from mhajax.block import Captures, Gates, Interventions, Options, Seen
 from mhajax.cache import Cache
 from mhajax.interventions import Capture, as_capture
 
@@ -51,13 +51,12 @@ class Config(block.Config):
 
     def __post_init__(self):
         block.Config.__post_init__(self)
-        for name in ("num_layers", "unroll"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        arguments.integers(self, "num_layers", "unroll")
 
 
 def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
     """Parameters of L layers, each from its own key; `cross` adds attention to a memory to each."""
+    arguments.init("transformer.init_params", key, config, Config)
     one = partial(block.init_params, config=config, cross=cross)
     layers = jax.vmap(one)(jax.random.split(key, config.num_layers))
     return Params(layers, norm.init_params(config.d_model, config.norm))
@@ -85,23 +84,26 @@ def keys_values(params: Params, memory: Array, config: attention.Config, *, mask
     return jax.vmap(project)(params.layers.cross)
 
 
-def apply(params: Params, x: Array, config: Config, **options: Any) -> Array:
-    """All layers and the last normalisation, [..., T, D] to [..., T, D]. The options are those of `run`."""
+@arguments.shown
+def apply(params: Params, x: Array, config: Config, **options: Unpack[Options]) -> Array:
+    """All layers and the last normalisation, [..., T, D] to [..., T, D].
+
+    The options are those of `run`, which also takes a cache and captures.
+    """
+    instead = dict.fromkeys(("cache", "capture"), "write transformer.run, which returns it")
+    arguments.named("transformer.apply", options, Options, **instead)
     return run(params, x, config, **options)[0]
 
 
+@arguments.shown
 def run(
     params: Params,
     x: Array,
     config: Config,
     *,
-    memory: Array | KeysValues | None = None,
-    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
-    interventions: Interventions = Interventions(),  # noqa: B008
     cache: Caches | None = None,
     capture: Sequence[str] | Capture | Captures = (),
-    dropout_key: Array | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> tuple[Array, Caches | None, Seen]:
     """All layers, with their new caches and what was captured.
 
@@ -115,11 +117,19 @@ def run(
       cache: from `init_cache`.
       capture: as in `block.run`; its layers, in their order, are the first axis of what is returned.
       dropout_key: PRNG key; None is evaluation.
-      **options: mask, memory_mask, positions, rotate, real and kernel as in `block.run`.
+      mask, memory_mask, positions, rotate, real, kernel: as in `block.run`.
 
     Returns:
       [..., T, D], the caches of the layers (None without), and the captured arrays [L, ...].
     """
+    arguments.named("transformer.run", options, Options)
+    arguments.order("transformer.run(params, x, config)", params, config, Params, Config, x=x)
+    gates, interventions = options.pop("gates", Gates()), options.pop("interventions", Interventions())
+    block.check_changes("transformer.run", gates, interventions)
+    memory, dropout_key = options.pop("memory", None), options.pop("dropout_key", None)
+    if dropout_key is not None:
+        arguments.key("transformer.run", dropout_key, "dropout_key")
+    rest: Any = options  # the same for every layer
     leaves, structure = jax.tree.flatten(interventions)
     shared = [jnp.ndim(leaf) == 0 for leaf in leaves]
     own = [None if one else leaf for leaf, one in zip(leaves, shared, strict=True)]
@@ -148,7 +158,7 @@ def run(
         x, cache, seen = block.run(
             params, x, config,
             memory=memory if answers is None else answers, gates=gates, cache=cache, dropout_key=key,
-            interventions=jax.tree.unflatten(structure, merged), capture=capture, **options,
+            interventions=jax.tree.unflatten(structure, merged), capture=capture, **rest,
         )  # fmt: skip
         return x, (cache, seen)
 

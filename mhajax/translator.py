@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax import block, embedding, masks, transformer
+from mhajax import arguments, block, embedding, masks, transformer
 from mhajax import cache as caches
 from mhajax.attention import KeysValues
 from mhajax.dropout import dropout
@@ -43,9 +43,8 @@ class Config(block.Config):
 
     def __post_init__(self):
         block.Config.__post_init__(self)
-        for name in ("encoder_layers", "decoder_layers", "unroll"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        arguments.integers(self, "encoder_layers", "decoder_layers", "unroll")
+        arguments.integers(self, "vocab_size", optional=True)
         embedding.check_kind(self.positions)
 
     def stack(self, num_layers: int) -> transformer.Config:
@@ -97,6 +96,16 @@ class Gates(NamedTuple):
     cross: Array | None = None
 
 
+class Options(TypedDict, total=False):
+    """All keywords of `apply`."""
+
+    source_lengths: Array | None
+    gates: Gates
+    interventions: Interventions
+    kernel: str
+    dropout_key: Array | None
+
+
 class Seen(NamedTuple):
     """What was captured: a dict with arrays [L, ...] for each of the three kinds of attention."""
 
@@ -117,8 +126,10 @@ def init_params(key: Array, config: Config) -> Params:
     """Parameters of the model.
 
     Raises:
+      TypeError: if key is no PRNG key.
       ValueError: if config.vocab_size is not set.
     """
+    arguments.init("translator.init_params", key, config, Config)
     if config.vocab_size is None:
         raise ValueError("translator.init_params: config.vocab_size must be a number, got None; set it.")
     key_embedding, key_encoder, key_decoder = jax.random.split(key, 3)
@@ -129,23 +140,35 @@ def init_params(key: Array, config: Config) -> Params:
     )
 
 
-def apply(params: Params, source: Array, target: Array, config: Config, **options: Any) -> Array:
+@arguments.shown
+def apply(params: Params, source: Array, target: Array, config: Config, **options: Unpack[Options]) -> Array:
     """Logits of the next target word at every place.
 
     Args:
       params: from `init_params`.
-      source: integers [..., S].
+      source: integers [..., S], from 0 to V - 1. Others are refused; under jit, where they are not known, they give NaN
+        wherever they are seen, as in `embedding.embed`.
       target: integers [..., T], beginning with the token that begins every sentence; place t sees target[: t + 1].
       config: the shape; static under jit.
-      **options: source_lengths (integers [...], real tokens of every source; None is all), gates (`Gates`),
-        interventions (`Interventions`), kernel (as in `attention.apply`), dropout_key.
+      source_lengths: integers [...], real tokens of every source; None is all.
+      gates: `Gates`.
+      interventions: `Interventions`.
+      kernel: as in `attention.apply`.
+      dropout_key: PRNG key; None is evaluation.
 
     Returns:
       float32 [..., T, V].
+
+    Raises:
+      ValueError, TypeError: for tokens that are not in the vocabulary; else as `attention.apply`.
     """
-    return embedding.logits(params.embedding, features(params, source, target, config, **options))
+    instead = {"capture": "write translator.apply_captured, which returns it", "mask": "write source_lengths="}
+    arguments.named("translator.apply", options, Options, **instead)
+    x = features(params, source, target, config, **options)
+    return embedding.logits(params.embedding, x)
 
 
+@arguments.shown
 def apply_captured(
     params: Params,
     source: Array,
@@ -154,7 +177,7 @@ def apply_captured(
     *,
     capture: Sequence[str] | Capture | Captures = ("weights",),
     real: Array | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> tuple[Array, Seen]:
     """`apply`, and the arrays named in `attention.CAPTURES`, [L, ..., N, …].
 
@@ -166,25 +189,16 @@ def apply_captured(
         then do not count. None: all count. (Those of the encoder count what source_lengths say. Everything else has an
         axis of queries, where padding is the caller's to leave out.)
     """
+    arguments.named("translator.apply_captured", options, Options)
     x, seen = _run(params, source, target, config, capture=capture, real=real, **options)
     return embedding.logits(params.embedding, x), seen
 
 
-def features(
-    params: Params,
-    source: Array,
-    target: Array,
-    config: Config,
-    *,
-    source_lengths: Array | None = None,
-    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
-    interventions: Interventions = Interventions(),  # noqa: B008
-    kernel: str = "auto",
-    dropout_key: Array | None = None,
-) -> Array:
+@arguments.shown
+def features(params: Params, source: Array, target: Array, config: Config, **options: Unpack[Options]) -> Array:
     """What the logits are computed from, [..., T, D]: for losses that never hold [..., T, V]. Options as in `apply`."""
-    options = {"source_lengths": source_lengths, "gates": gates, "interventions": interventions, "kernel": kernel}
-    return _run(params, source, target, config, dropout_key=dropout_key, **options)[0]
+    arguments.named("translator.features", options, Options)
+    return _run(params, source, target, config, **options)[0]
 
 
 def begin(
@@ -213,7 +227,8 @@ def extend(
     """Logits [..., t, V] of t more target tokens [..., t], and the translation with them.
 
     The logits equal those of `apply` on the whole target. `real` is bool [..., t], False for padding, as in
-    `cache.extend`.
+    `cache.extend`. More tokens than `begin` made room for are refused, or give NaN under jit; whether that has
+    happened, `cache.overflowed` of the new state says.
     """
     x, written, _ = _decode(
         params, target, state.source, config,
@@ -224,7 +239,12 @@ def extend(
 
 
 def select(state: State, rows: Array) -> State:
-    """The translations of these rows of the batch, in this order; rows may repeat. For sources [B, S]."""
+    """The translations of these rows of the batch, in this order; rows may repeat. For sources [B, S].
+
+    Raises:
+      ValueError: for a row that is known not to be there, as `cache.select`.
+    """
+    arguments.below("translator.select", "rows", rows, state.source.k.shape[1], "sentences")
     lengths = None if state.source_lengths is None else state.source_lengths[rows]
     return State(transformer.select(state.written, rows), jax.tree.map(lambda a: a[:, rows], state.source), lengths)
 
@@ -234,11 +254,15 @@ def _run(
     dropout_key: Array | None = None, capture: Sequence[str] | Capture | Captures = (), real: Array | None = None,
     **options: Any,
 ) -> tuple[Array, Seen]:  # fmt: skip
+    call = "translator.apply(params, source, target, config)"
+    arguments.order(call, params, config, Params, Config, source=source, target=target)
     if source.shape[:-1] != target.shape[:-1]:
         raise ValueError(
             "translator.apply: source [..., S] and target [..., T] must have the same leading axes, "
             f"got {source.shape} and {target.shape}."
         )
+    if dropout_key is not None:
+        arguments.key("translator.apply", dropout_key, "dropout_key")
     key_source, key_target = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     options = {"source_lengths": source_lengths, "capture": _as_captures(capture), **options}
     memory, seen_source = _encode(params, source, config, dropout_key=key_source, **options)
@@ -250,6 +274,7 @@ def _encode(
     params, source, config, *, source_lengths, gates=Gates(), interventions=Interventions(), kernel="auto",  # noqa: B008
     dropout_key=None, capture=Captures(),  # noqa: B008
 ):  # fmt: skip
+    _check_source(params, source, config, source_lengths, gates, interventions)
     positions = jnp.arange(source.shape[-1])
     x, key = _embed(params, source, positions, config, dropout_key)
     x, _, seen = transformer.run(
@@ -265,6 +290,7 @@ def _decode(
     params, target, memory, config, *, source_lengths, gates=Gates(), interventions=Interventions(),  # noqa: B008
     kernel="auto", cache=None, real=None, dropout_key=None, capture=Captures(),  # noqa: B008
 ):  # fmt: skip
+    _check_changes(gates, interventions)
     positions = jnp.arange(target.shape[-1]) if cache is None else None
     places = positions if cache is None else caches.positions(cache[0], target.shape[-1], real)
     x, key = _embed(params, target, places, config, dropout_key)
@@ -281,6 +307,28 @@ def _embed(params, tokens, positions, config, dropout_key):
     key_embedding, key_stack = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     x = embedding.embed(params.embedding, tokens, positions, config.positions)
     return dropout(x, config.dropout, key_embedding), key_stack
+
+
+def _check_source(params, source, config, source_lengths, gates, interventions) -> None:
+    arguments.order("translator.begin(params, source, capacity, config)", params, config, Params, Config, source=source)
+    _check_changes(gates, interventions)
+    if source_lengths is None:
+        return
+    if not jnp.issubdtype(jnp.result_type(source_lengths), jnp.integer) or jnp.ndim(source_lengths) >= source.ndim:
+        raise TypeError(
+            "translator.apply: source_lengths must be integers [...], the number of real tokens of every source "
+            f"[..., S] = {source.shape}, got {arguments.kind_of(source_lengths)}; of booleans that are True at real "
+            "tokens, which come first, write array.sum(-1)."
+        )
+
+
+def _check_changes(gates: Any, interventions: Any) -> None:
+    """Raise a TypeError unless gates and interventions say which attentions they are for."""
+    write = "(encoder=…, decoder=…, cross=…)"
+    arguments.instance("translator.apply", "gates", gates, Gates, f"translator.Gates{write}")
+    arguments.instance(
+        "translator.apply", "interventions", interventions, Interventions, f"translator.Interventions{write}"
+    )
 
 
 def _real(source_lengths: Array | None) -> masks.Mask | None:

@@ -149,7 +149,7 @@ CASES = {
     "nothing but q, k, v": Case(),
     "causal, T = S": masked(masks.causal(), CAUSAL[:, :T], sizes=SQUARE),
     "causal, T ≠ S": masked(masks.causal(), CAUSAL),
-    "window": masked(masks.window(3, 2), (DISTANCE >= -3) & (DISTANCE <= 2)),
+    "window": masked(masks.window(3, after=2), (DISTANCE >= -3) & (DISTANCE <= 2)),
     "window, causal, T = S": masked(masks.causal() & masks.window(3), (CAUSAL & (DISTANCE >= -3))[:, :T], sizes=SQUARE),
     "prefix by example, or causal": masked(masks.causal() | masks.prefix(PREFIX), CAUSAL | IN_PREFIX),
     "chunk, causal": masked(masks.causal() & masks.chunk(4), CAUSAL & (Q_PLACE // 4 == K_PLACE // 4)),

@@ -404,7 +404,9 @@ def test_what_cannot_be_looked_up_is_refused():
 def test_the_positions_are_the_caches(lm):
     empty = language_model.init_cache((B,), T, LM)
     with pytest.raises(ValueError, match="got positions and a cache"):
-        language_model.extend(lm, TOKENS, empty, LM, positions=jnp.arange(T))
+        language_model.run(lm, TOKENS, LM, cache=empty, positions=jnp.arange(T))
+    with pytest.raises(TypeError, match="language_model.extend: .*'positions'; .* the cache knows them"):
+        language_model.extend(lm, TOKENS, empty, LM, positions=jnp.arange(T))  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="got real without a cache"):
         language_model.run(lm, TOKENS, LM, real=jnp.ones((B, T), bool))
 

@@ -78,6 +78,44 @@ def test_few_beams_give_texts_with_their_true_scores(length_penalty):
         assert texts == [text for text, _ in best]
 
 
+@pytest.mark.parametrize("length_penalty", [-4.0, -1.0, 2.0])
+def test_a_search_stops_when_no_text_can_win_whichever_way_the_penalty_goes(length_penalty):
+    """Two tokens, one of which ends: one beam is every text. Searches of their own, so that each stops for itself."""
+    length = 5
+    tables = np.asarray(jax.nn.log_softmax(numbers(8, 64, length, 2)), np.float64)  # [searches, place, next]
+
+    def best(table):
+        model = lambda tokens, place: (table[place][None], place + 1)  # noqa: E731
+        return decoding.beam_search(
+            model, lambda cache, rows: cache, jnp.int32(0), jnp.array([1]),
+            beams=1, length=length, end=END, length_penalty=length_penalty,
+        ).scores[0, 0]  # fmt: skip
+
+    on = np.cumsum(tables[..., 1], axis=1)  # of going on for so many tokens
+    ended = tables[..., END] + on - tables[..., 1]
+    of_length = np.concatenate([ended[:, :-1], np.maximum(ended, on)[:, -1:]], axis=1)
+    expected = np.max(of_length / ((5 + np.arange(1, length + 1)) / 6) ** length_penalty, axis=1)
+    np.testing.assert_allclose(jax.jit(jax.vmap(best))(jnp.asarray(tables, jnp.float32)), expected, rtol=1e-5)
+
+
+def test_what_no_search_can_do_is_refused():
+    first = jnp.asarray(FIRST)
+    search = partial(decoding.beam_search, step, select, start(2), first, beams=2, length=3, end=END)
+    generate = partial(decoding.generate, step, start(), first, decoding.greedy, jax.random.key(0), length=3)
+    for do, kind, said in (
+        (partial(search, beams=0), ValueError, "decoding.beam_search: beams must be at least 1, got 0"),
+        (partial(search, length=2.0), TypeError, "decoding.beam_search: length must be an integer, got 2.0; write 2"),
+        (partial(search, length_penalty=float("nan")), ValueError, "length_penalty must be finite, got nan"),
+        (partial(search, end=V), ValueError, "end must be at least 0 and below 4, the number of tokens"),
+        (partial(generate, end=-1), ValueError, "decoding.generate: end must be at least 0 and below 4"),
+        (partial(generate, length=-1), ValueError, "length must be at least 0, got -1"),
+    ):
+        with pytest.raises(kind, match=said):
+            do()
+    with pytest.raises(TypeError, match=r"decoding.generate: key must be a PRNG key, got 0; write jax.random.key\(0\)"):
+        decoding.generate(step, start(), first, decoding.greedy, 0, length=3)
+
+
 @pytest.mark.parametrize(("length_penalty", "text", "steps"), [(6.0, [2, 2, 2, END], 4), (0.0, [END] * 4, 1)])
 def test_a_search_goes_on_while_a_longer_text_can_still_win_and_no_longer(length_penalty, text, steps):
     """At every step the text ends with probability 0.55."""

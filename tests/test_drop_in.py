@@ -359,6 +359,24 @@ def test_an_nnx_layer_with_our_kernel(name):
     near(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), tolerance=5e-6)
 
 
+@pytest.mark.skipif(not CALLED_CAUSAL, reason="this Flax has no is_causal")
+def test_flax_decodes_with_is_causal_as_without_or_is_refused():
+    """In older Flax the layer hands is_causal on when it decodes, and sees key 0 alone, whatever it has seen."""
+
+    def second(**options: Any) -> Any:
+        layer = nnx_layer(attention_fn=our_nnx.attention_fn, decode=True)
+        layer.init_cache((X.shape[0], 3, D))
+        layer(X[:, :1])
+        return layer(X[:, 1:2], **options)
+
+    try:
+        found = second(**CALLED_CAUSAL)
+    except ValueError as error:
+        assert "is_causal with one query and 3 keys" in str(error)
+    else:
+        np.testing.assert_array_equal(found, second())
+
+
 @pytest.mark.slow
 def test_an_nnx_layer_shows_its_weights_and_stays_as_it_is():
     layer, ours = nnx_layer(), nnx_layer(attention_fn=our_nnx.attention_fn)

@@ -268,7 +268,7 @@ NOTHING_YET = np.arange(T)[:, None] * np.ones(S) > 3  # the first band sees noth
 IN_BANDS = {
     "none": None,
     "causal": masks.causal(),
-    "window": masks.window(2, 1),
+    "window": masks.window(2, after=1),
     "lengths, one of them 0": MASKS["lengths, one of them 0"][0],
     "by head": masks.per_head(HEADS[:K]),
     "by example": masks.per_example(EXAMPLES & CAUSAL),

@@ -64,7 +64,7 @@ SPLASH = {
     "no mask, tokens that are no whole block": (None, T, S),
     "causal, several blocks": (masks.causal(), 530, 541),
     "window beyond the last key, lengths": (masks.window(3) & masks.lengths(LENGTHS), 139, S),
-    "window to both sides": (masks.window(3, 2), T, S),
+    "window to both sides": (masks.window(3, after=2), T, S),
     "traced lengths": (masks.lengths(jnp.array(LENGTHS)), T, S),
 }
 
@@ -199,7 +199,7 @@ REFUSED = {  # platform, what is asked for, and what the reason must hold
     "odd width": ("gpu", {"h": 60, "hv": 60}, "H=60"),
     "wider values": ("gpu", {"hv": 128}, "Hv=128"),
     "causal, T ≠ S": ("gpu", {"s": 4000, "mask": masks.causal()}, "T=4096 and S=4000"),
-    "window ahead": ("gpu", {"mask": masks.window(2, 3)}, "look back only"),
+    "window ahead": ("gpu", {"mask": masks.window(2, after=3)}, "look back only"),
     "segments on a GPU": ("gpu", {"mask": masks.segments(np.zeros(4096, int))}, "no segments"),
     "bias": ("tpu", {"bias": np.zeros((1, 1))}, "no bias"),
     "score": ("tpu", {"score": scores.alibi(8)}, "no score function"),

@@ -23,7 +23,7 @@ def sorted_segments(random, size):
 # name: a mask made from random numbers
 KINDS = {
     "causal": lambda random: masks.causal(),
-    "window": lambda random: masks.window(int(random.integers(0, 6)), int(random.integers(0, 3))),
+    "window": lambda random: masks.window(int(random.integers(0, 6)), after=int(random.integers(0, 3))),
     "narrow window": lambda random: masks.window(0),
     "prefix": lambda random: masks.prefix(int(random.integers(0, S + 3))),
     "prefixes": lambda random: masks.prefix(random.integers(0, S + 3, B)),

@@ -26,7 +26,7 @@ CAUSAL, WINDOW, CHUNK = masks.causal(), masks.window(4), masks.chunk(8)
     [
         (CAUSAL, "causal()"),
         (CAUSAL & WINDOW, "causal() & window(before=4)"),
-        (masks.window(4, np.int32(1)), "window(before=4, after=1)"),
+        (masks.window(4, after=np.int32(1)), "window(before=4, after=1)"),
         (masks.prefix(3) | CAUSAL & CHUNK, "prefix(3) | causal() & chunk(8)"),
         ((masks.prefix(3) | CAUSAL) & ~CHUNK, "(prefix(3) | causal()) & ~chunk(8)"),
         (~(CAUSAL & ~(WINDOW | CHUNK)), "~(causal() & ~(window(before=4) | chunk(8)))"),
@@ -99,11 +99,11 @@ def test_conditions_keep_what_they_do_not_know():
 @pytest.mark.parametrize(
     ("mask", "causal", "window"),
     [
-        (masks.window(4, 2), False, (4, 2)),
+        (masks.window(4, after=2), False, (4, 2)),
         (masks.window(4), True, (4, 0)),
-        (masks.window(4, 2) & CAUSAL, True, (4, 0)),
-        (masks.window(4, 2) & masks.window(np.int32(7), 1), False, (4, 1)),
-        (masks.window(jnp.asarray(4), 2), False, (4, 2)),
+        (masks.window(4, after=2) & CAUSAL, True, (4, 0)),
+        (masks.window(4, after=2) & masks.window(np.int32(7), after=1), False, (4, 1)),
+        (masks.window(jnp.asarray(4), after=2), False, (4, 2)),
     ],
     ids=str,
 )
@@ -125,7 +125,7 @@ def test_conditions_under_jit_keep_what_is_traced():
         assert found.causal and found.rest == ()
         return found.window, found.lengths
 
-    window, lengths = traced(CAUSAL & masks.window(4, 2) & masks.lengths(PADDED) & masks.lengths(1))
+    window, lengths = traced(CAUSAL & masks.window(4, after=2) & masks.lengths(PADDED) & masks.lengths(1))
     assert window == (4, 0) and lengths.tolist() == [1, 0]
 
 
@@ -136,7 +136,7 @@ def test_conditions_together_are_the_mask():
     for _ in range(30):
         kinds = [
             CAUSAL,
-            masks.window(int(random.integers(4)), int(random.integers(4))),
+            masks.window(int(random.integers(4)), after=int(random.integers(4))),
             masks.lengths(random.integers(8, size=2)),
             masks.lengths(int(random.integers(8))),
             masks.segments(random.integers(2, size=T), random.integers(2, size=S)),
@@ -147,7 +147,7 @@ def test_conditions_together_are_the_mask():
         mask = functools.reduce(operator.and_, chosen)
         found = masks.conditions(mask)
         parts = list(found.rest) + [CAUSAL] * found.causal
-        parts += [] if found.window is None else [masks.window(*found.window)]
+        parts += [] if found.window is None else [masks.window(found.window[0], after=found.window[1])]
         parts += [] if found.lengths is None else [masks.lengths(found.lengths)]
         parts += [] if found.segments is None else [masks.segments(*found.segments)]
         full = lambda mask: np.broadcast_to(masks.as_array(mask, T, S), (2, 1, T, S))  # noqa: E731

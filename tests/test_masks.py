@@ -118,8 +118,8 @@ def test_new_kinds_compare_positions(leading):
     for dtype in (np.int32, np.uint8):
         queries, keys = Tokens(3, asking.astype(dtype)), Tokens(2, answering.astype(dtype))
         for mask, truth in (
-            (masks.window(4, 2), (q - k <= 4) & (k - q <= 2)),
-            (masks.window(2**31 - 1, 2**31 - 1), (q - k <= 99)),
+            (masks.window(4, after=2), (q - k <= 4) & (k - q <= 2)),
+            (masks.window(2**31 - 1, after=2**31 - 1), (q - k <= 99)),
             (masks.prefix(6), (k < 6) & (q >= 0)),
             (masks.chunk(5), q // 5 == k // 5),
             (masks.function(lambda q, k: q // 5 == k // 5), q // 5 == k // 5),
@@ -253,6 +253,28 @@ ERRORS = {
         ("made for 7 tokens", "asked about 9", "(5, 7)"),
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda a, b: a and b,  # was b alone
+        lambda a, b: a or b,
+        lambda a, b: not a,
+        lambda a, b: a if b else None,
+        lambda a, b: bool(a),
+    ],
+)
+def test_a_mask_has_no_truth_value(ask):
+    with pytest.raises(TypeError, match="masks: a mask has no truth value, got .* write a & b .* a | b .*, ~a "):
+        ask(masks.causal(), masks.window(3))
+
+
+def test_both_sides_of_a_window_are_named():
+    with pytest.raises(TypeError, match="positional"):
+        masks.window(2, 3)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"one integer, got shape \(2,\); window\(before, after=…\)"):
+        masks.window((2, 3))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -320,5 +320,5 @@ def test_other_errors_are_those_of_attention(streams):
             of(variant).apply(params, streams[0], CONFIG, memory=streams[1][:1])
         with pytest.raises(ValueError, match="x must be"):
             of(variant).apply(params, streams[0][..., :3], CONFIG)
-        with pytest.raises(TypeError, match="unexpected"):
+        with pytest.raises(TypeError, match=rf"{variant}.apply: there is no option 'wrong'; the options are bias, "):
             of(variant).apply(params, streams[0], CONFIG, wrong=1)

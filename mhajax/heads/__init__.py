@@ -14,3 +14,49 @@ statistics     Tally → Measure: value, interval, baseline; the best head, chos
 significance   is it more than chance, over seeds and over many heads
 matching       the same head in another seed
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # each is imported when it is named, below
+    from mhajax.heads import (
+        ablation,
+        alignment,
+        circuits,
+        copying,
+        diversity,
+        gates,
+        importance,
+        matching,
+        patterns,
+        roles,
+        significance,
+        statistics,
+        surgery,
+    )
+
+__all__ = [
+    "ablation",
+    "alignment",
+    "circuits",
+    "copying",
+    "diversity",
+    "gates",
+    "importance",
+    "matching",
+    "patterns",
+    "roles",
+    "significance",
+    "statistics",
+    "surgery",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return import_module(f"mhajax.heads.{name}")
+    raise AttributeError(f"module 'mhajax.heads' has no attribute {name!r}; dir(mhajax.heads) names what it has.")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

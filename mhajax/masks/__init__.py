@@ -6,7 +6,7 @@ it is needed, so `causal()` or `lengths(n)` never hold T × S booleans, and mask
     mask = masks.causal() & masks.lengths(lengths)
 
     causal()                  keys at the query's position and before
-    window(before, after=0)   keys so near
+    window(before, after=0)   keys so near; after by name
     prefix(length)            the first keys, for all queries; causal() | prefix(n) reads a prompt in both directions
     chunk(size)               keys of the query's own chunk
     segments(queries, keys)   keys of the query's own text, several packed into one row
@@ -25,7 +25,7 @@ known while a program is traced where the numbers in the mask are. `conditions` 
 options of their own, and `as_array` writes it out for what takes nothing else.
 """
 
-from mhajax.masks.algebra import And, Mask, Not, Or, Tiles, Tokens, as_array, known_tiles, pytree, tokens
+from mhajax.masks.algebra import And, Mask, Not, Or, Tiles, Tokens, as_array, known_tiles, pytree, tokens, uncalled
 from mhajax.masks.by_index import Dense, Lengths, Segments, as_mask, dense, lengths, per_example, per_head, segments
 from mhajax.masks.by_position import Causal, Chunk, Function, Prefix, Window, causal, chunk, function, prefix, window
 from mhajax.masks.conditions import Conditions, conditions
@@ -61,5 +61,6 @@ __all__ = [
     "pytree",
     "segments",
     "tokens",
+    "uncalled",
     "window",
 ]

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from mhajax.arguments import kind_of
 from mhajax.masks import picture, static
 
 
@@ -154,6 +155,12 @@ class Mask:
         values = (getattr(self, part.name) for part in fields(self)) if is_dataclass(self) else ()
         return f"{type(self).__name__.lower()}({', '.join(map(brief, jax.tree.leaves(list(values))))})"
 
+    def __bool__(self) -> bool:
+        raise TypeError(
+            f"masks: a mask has no truth value, got {self!r} where Python asks for one; write a & b for `a and b`, "
+            "a | b for `a or b`, ~a for `not a`, and `mask is not None` to ask whether there is one."
+        )
+
     def __and__(self, other: Mask) -> Mask:
         return And(self, _operand(other, "&"))
 
@@ -201,10 +208,22 @@ def brief(value: Any) -> str:
 def _operand(other: object, operator: str) -> Mask:
     if isinstance(other, Mask):
         return other
+    uncalled("masks", other)
     raise TypeError(
         f"masks: {operator} combines two masks, got {type(other).__name__}; "
         "wrap an array: masks.dense(array), masks.per_example(array) or masks.per_head(array)."
     )
+
+
+def uncalled(who: str, mask: Any) -> None:
+    """Raise a TypeError for what would have to be called to be a mask: `masks.causal` instead of `masks.causal()`."""
+    if not callable(mask):
+        return
+    name, advice = kind_of(mask), "wrap a function of positions: masks.function(…)"
+    if (getattr(mask, "__module__", None) or "").startswith("mhajax.masks"):
+        name = f"the function masks.{mask.__name__.lower()}"
+        advice = "call it: masks.causal()" if name.endswith(".causal") else f"call it: {name.split()[-1]}(…)"
+    raise TypeError(f"{who}: mask must be a Mask or booleans, got {name} itself; {advice}.")
 
 
 class Combination(Mask):

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from mhajax.masks import static
-from mhajax.masks.algebra import Mask, Tiles, Tokens, on_grid, pytree
+from mhajax.masks.algebra import Mask, Tiles, Tokens, on_grid, pytree, uncalled
 from mhajax.masks.by_position import same
 from mhajax.masks.static import across, aligned, apart, down
 
@@ -200,10 +200,15 @@ def per_head(array: ArrayLike) -> Mask:
     return Dense(pairs)
 
 
-def as_mask(mask: Mask | ArrayLike | None) -> Mask | None:
-    """A Mask as it is, None (everything may attend) as it is, a boolean array through `dense`."""
+def as_mask(mask: Mask | ArrayLike | None, who: str = "attention.apply") -> Mask | None:
+    """A Mask as it is, None (everything may attend) as it is, a boolean array through `dense`.
+
+    Raises:
+      TypeError, ValueError: for another array, as `dense`; for a function that would have to be called, as `who`.
+    """
     if mask is None or isinstance(mask, Mask):
         return mask
+    uncalled(who, mask)
     return dense(mask)
 
 

@@ -125,7 +125,7 @@ def causal() -> Mask:
     return Causal()
 
 
-def window(before: ArrayLike, after: ArrayLike = 0) -> Mask:
+def window(before: ArrayLike, *, after: ArrayLike = 0) -> Mask:
     """A sliding window: keys from `before` positions before the query to `after` positions after it.
 
     The query's own position is in the window and not counted: `window(3)` is 4 keys, itself and 3 before, which is
@@ -133,7 +133,7 @@ def window(before: ArrayLike, after: ArrayLike = 0) -> Mask:
 
     Args:
       before: how far back, an integer ≥ 0.
-      after: how far ahead, an integer ≥ 0.
+      after: how far ahead, an integer ≥ 0; by name only, as `window(2, 3)` would be easy to misread.
 
     Raises:
       TypeError: if they are not integers.
@@ -258,7 +258,10 @@ def _integer(who: str, name: str, value: ArrayLike, least: int, hint: str, scala
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"masks.{who}: {name} must be an integer, got {dtype}; {hint}.")
     if scalar and jnp.ndim(value):
-        raise TypeError(f"masks.{who}: {name} must be one integer, got shape {jnp.shape(value)}; vmap for several.")
+        both = "window(before, after=…) looks to both sides, " if who == "window" else ""
+        raise TypeError(
+            f"masks.{who}: {name} must be one integer, got shape {jnp.shape(value)}; {both}vmap for several."
+        )
     if static.known(value) and np.any(np.asarray(value) < least):
         raise ValueError(f"masks.{who}: {name} must be at least {least}, got {np.asarray(value)}; {hint}.")
     return value

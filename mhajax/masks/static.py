@@ -12,15 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-
-def known(*values: Any) -> bool:
-    """Whether all of these are numbers that are there now: no tracers, and nothing on other machines."""
-    return all(
-        not isinstance(value, Tracer) and (not isinstance(value, jax.Array) or value.is_fully_addressable)
-        for value in values
-    )
+from mhajax.arguments import known
 
 
 def numbers(*values: Any) -> list[Any]:

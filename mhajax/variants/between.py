@@ -6,14 +6,17 @@ times NaN is NaN, so it would reach gradients through any product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
-from mhajax import attention, checks, precision
+from mhajax import arguments, attention, checks, precision
+from mhajax.kernels import patches
+from mhajax.options import Options
 
 
 class Pairs(NamedTuple):
@@ -23,6 +26,12 @@ class Pairs(NamedTuple):
     allowed: Array  # bool [..., N, T, S]
     values: Array  # [..., K, S, Hv]
     spoilt: Array | None  # as from `look`
+
+
+def check(who: str, params: Any, x: Any, config: Any, params_kind: Any, options: Mapping[str, Any]) -> None:
+    """Raise a TypeError unless a variant's `apply` was given what it takes, in its order."""
+    arguments.named(f"{who}.apply", options, Options, capture="the variants show nothing of what they compute")
+    arguments.order(f"{who}.apply(params, x, config)", params, config, params_kind, attention.Config, x=x)
 
 
 def look(
@@ -78,12 +87,13 @@ def combine(
     config: attention.Config,
     heads: Array,
     spoilt: Array | None,
-    gates: Array | None = None,
+    gates: ArrayLike | None = None,
 ) -> Array:
     """The output [..., T, D] of heads [..., N, T, Hv], NaN for the queries that are spoilt."""
-    checks.gates(gates, x, config)
     if gates is not None:
-        heads = heads * gates[..., None, None].astype(heads.dtype)
+        gates = jnp.asarray(gates)
+        checks.gates(gates, x, config)
+        heads = heads * patches.by_token(gates, heads.ndim).astype(heads.dtype)
     w_o, b_o = jax.tree.map(lambda w: w.astype(x.dtype), (params.w_o, params.b_o))
     out = jnp.einsum("...nth,nhd->...td", heads.astype(x.dtype), w_o)
     if b_o is not None:

@@ -13,14 +13,15 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from mhajax import attention, norm
+from mhajax import arguments, attention, norm
+from mhajax.options import Options
 from mhajax.variants import between
 
 Config = attention.Config
@@ -37,6 +38,7 @@ class Params(NamedTuple):
 
 def init_params(key: Array, config: Config) -> Params:
     """Those of `attention` and as many queries and keys again, λ near λ_init, scales of 1."""
+    arguments.init("differential.init_params", key, config, Config)
     key_first, key_second, key_lambdas = jax.random.split(key, 3)
     first, second = attention.init_params(key_first, config), attention.init_params(key_second, config)
     lambdas = 0.1 * jax.random.normal(key_lambdas, (config.num_heads, 4, config.width))
@@ -53,6 +55,7 @@ def initial_lambda(layer: ArrayLike) -> Array:
     return 0.8 - 0.6 * jnp.exp(-0.3 * jnp.asarray(layer))
 
 
+@arguments.shown
 def apply(
     params: Params,
     x: Array,
@@ -60,8 +63,7 @@ def apply(
     *,
     lambda_init: ArrayLike = 0.8,
     epsilon: float = 1e-5,
-    gates: Array | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Array:
     """Differential multi-head attention of x to itself, or to `memory`.
 
@@ -78,6 +80,8 @@ def apply(
     Raises:
       ValueError, TypeError: as `attention.apply`.
     """
+    between.check("differential", params, x, config, Params, options)
+    gates = options.pop("gates", None)
     n, h, hv = config.num_heads, config.width, config.value_width
     between.sized("differential", "lambdas", params.lambdas, "[N, 4, H]", (n, 4, h))
     between.sized("differential", "scale", params.scale, "[N, Hv]", (n, hv))

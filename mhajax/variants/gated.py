@@ -10,13 +10,14 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax import attention, precision
+from mhajax import arguments, attention, precision
+from mhajax.options import Options
 from mhajax.variants import between
 
 Config = attention.Config
@@ -31,13 +32,15 @@ class Params(NamedTuple):
 
 def init_params(key: Array, config: Config) -> Params:
     """Those of `attention`, and gates with entries of variance 1/D, half open on average."""
+    arguments.init("gated.init_params", key, config, Config)
     key_attention, key_gate = jax.random.split(key)
     shape = (config.num_heads, config.d_model, config.value_width)
     w_g = jax.random.normal(key_gate, shape) * config.d_model**-0.5
     return Params(attention.init_params(key_attention, config), w_g)
 
 
-def apply(params: Params, x: Array, config: Config, *, gates: Array | None = None, **options: Any) -> Array:
+@arguments.shown
+def apply(params: Params, x: Array, config: Config, **options: Unpack[Options]) -> Array:
     """Gated multi-head attention of x to itself, or to `memory`.
 
     Args:
@@ -50,6 +53,8 @@ def apply(params: Params, x: Array, config: Config, *, gates: Array | None = Non
     Raises:
       ValueError, TypeError: as `attention.apply`.
     """
+    between.check("gated", params, x, config, Params, options)
+    gates = options.pop("gates", None)
     between.sized("gated", "w_g", params.w_g, "[N, D, Hv]", (config.num_heads, config.d_model, config.value_width))
     seen, spoilt = between.look(params.attention, x, config, ("heads",), **options)
     asking = x if spoilt is None else jnp.where(jnp.all(jnp.isfinite(x), axis=-1, keepdims=True), x, 0)

@@ -10,14 +10,14 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
-from mhajax import attention, checks, norm
-from mhajax.masks import Mask, as_mask, tokens
+from mhajax import arguments, attention, checks, norm
+from mhajax.masks import as_mask, tokens
+from mhajax.options import Options
 from mhajax.variants import between
 
 Config = attention.Config
@@ -33,22 +33,19 @@ class Params(NamedTuple):
 
 def init_params(key: Array, config: Config) -> Params:
     """Those of `attention`, and scales of 1."""
+    arguments.init("qk_norm.init_params", key, config, Config)
     ones = [jnp.ones((count, config.width)) for count in (config.num_heads, config.kv_heads)]
     return Params(attention.init_params(key, config), *ones)
 
 
+@arguments.shown
 def apply(
     params: Params,
     x: Array,
     config: Config,
     *,
-    memory: Array | None = None,
-    mask: Mask | ArrayLike | None = None,
-    positions: Array | None = None,
-    memory_positions: Array | None = None,
-    rotate: Callable[[Array, Array], Array] | None = None,
     epsilon: float = 1e-6,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Array:
     """Multi-head attention of x to itself, or to `memory`, with normalised queries and keys.
 
@@ -64,30 +61,32 @@ def apply(
     Raises:
       ValueError, TypeError: as `attention.apply`.
     """
+    between.check("qk_norm", params, x, config, Params, options)
+    memory, places = options.pop("memory", None), options.pop("memory_positions", None)
+    rotate = options.get("rotate")
     checks.stream("x", x, config)
     between.sized("qk_norm", "q_scale", params.q_scale, "[N, H]", (config.num_heads, config.width))
     between.sized("qk_norm", "k_scale", params.k_scale, "[K, H]", (config.kv_heads, config.width))
-    mask = as_mask(mask)
+    mask = options["mask"] = as_mask(options.get("mask"))
     if memory is None:
-        memory, memory_positions = x, positions if memory_positions is None else memory_positions
+        memory, places = x, options.get("positions") if places is None else places
     else:
         checks.stream("memory", memory, config)
         checks.same_leading(x, memory)
 
     def normed(scale: Array) -> Callable[[Array, Array], Array]:
-        def prepare(heads: Array, places: Array) -> Array:
+        def prepare(heads: Array, positions: Array) -> Array:
             heads = norm.apply(norm.Params(scale[:, None], None), heads, epsilon=epsilon)
-            return heads if rotate is None else rotate(heads, places)
+            return heads if rotate is None else rotate(heads, positions)
 
         return prepare
 
     answers = attention.keys_values(
         params.attention, memory, config,
-        positions=memory_positions, rotate=normed(params.k_scale),
+        positions=places, rotate=normed(params.k_scale),
         masked=mask is not None or options.get("bias") is not None,
     )  # fmt: skip
     return attention.apply_to(
         params.attention, x, answers, config,
-        mask=mask, positions=positions, keys=tokens(memory.shape[-2], memory_positions),
-        rotate=normed(params.q_scale), **options,
+        keys=tokens(memory.shape[-2], places), **{**options, "rotate": normed(params.q_scale)},
     )[0]  # fmt: skip

@@ -11,14 +11,15 @@ References:
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from mhajax import attention, checks, dropout
+from mhajax import arguments, attention, checks, dropout
+from mhajax.options import Options
 from mhajax.variants import between
 
 Config = attention.Config
@@ -32,19 +33,18 @@ class Params(NamedTuple):
 
 def init_params(key: Array, config: Config) -> Params:
     """Those of `attention`."""
+    arguments.init("sigmoid.init_params", key, config, Config)
     return Params(attention.init_params(key, config))
 
 
+@arguments.shown
 def apply(
     params: Params,
     x: Array,
     config: Config,
     *,
     offset: ArrayLike | None = None,
-    gates: Array | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: Array | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Array:
     """Sigmoid attention of x to itself, or to `memory`. A query with nothing to attend to gives zeros.
 
@@ -61,6 +61,9 @@ def apply(
     Raises:
       ValueError, TypeError: as `attention.apply`, and for another kernel, or an offset of another shape.
     """
+    between.check("sigmoid", params, x, config, Params, options)
+    gates, dropout_rate = options.pop("gates", None), options.pop("dropout_rate", 0.0)
+    dropout_key = options.pop("dropout_key", None)
     checks.dropped(dropout_rate, dropout_key)
     if offset is not None and jnp.shape(offset) not in ((), (config.num_heads,)):
         raise ValueError(

@@ -5,12 +5,13 @@ References: see `scores.with_sinks`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax import attention, scores
+from mhajax import arguments, attention, scores
+from mhajax.options import Options
 from mhajax.variants import between
 
 Config = attention.Config
@@ -25,10 +26,12 @@ class Params(NamedTuple):
 
 def init_params(key: Array, config: Config) -> Params:
     """Those of `attention`, and sinks of 0: 1 is added to the sum of every softmax."""
+    arguments.init("sinks.init_params", key, config, Config)
     return Params(attention.init_params(key, config), jnp.zeros(config.num_heads))
 
 
-def apply(params: Params, x: Array, config: Config, *, gates: Array | None = None, **options: Any) -> Array:
+@arguments.shown
+def apply(params: Params, x: Array, config: Config, **options: Unpack[Options]) -> Array:
     """Multi-head attention of x to itself, or to `memory`, with a sink for every head.
 
     Args:
@@ -41,6 +44,8 @@ def apply(params: Params, x: Array, config: Config, *, gates: Array | None = Non
     Raises:
       ValueError, TypeError: as `attention.apply`.
     """
+    between.check("sinks", params, x, config, Params, options)
+    gates = options.pop("gates", None)
     seen, spoilt = between.look(params.attention, x, config, ("heads", "log_sum_exp"), **options)
     heads = scores.with_sinks(seen["heads"], seen["log_sum_exp"], params.sinks)
     return between.combine(params.attention, x, config, heads, spoilt, gates)

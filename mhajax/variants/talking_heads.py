@@ -11,13 +11,14 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax import attention, checks, dropout
+from mhajax import arguments, attention, checks, dropout
+from mhajax.options import Options
 from mhajax.variants import between
 
 Config = attention.Config
@@ -33,18 +34,16 @@ class Params(NamedTuple):
 
 def init_params(key: Array, config: Config) -> Params:
     """Those of `attention`, and heads that do not talk yet: both matrices are the identity."""
+    arguments.init("talking_heads.init_params", key, config, Config)
     return Params(attention.init_params(key, config), jnp.eye(config.num_heads), jnp.eye(config.num_heads))
 
 
+@arguments.shown
 def apply(
     params: Params,
     x: Array,
     config: Config,
-    *,
-    gates: Array | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: Array | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Array:
     """Talking-heads attention of x to itself, or to `memory`.
 
@@ -63,6 +62,9 @@ def apply(
     Raises:
       ValueError, TypeError: as `attention.apply`, and for another kernel.
     """
+    between.check("talking_heads", params, x, config, Params, options)
+    gates, dropout_rate = options.pop("gates", None), options.pop("dropout_rate", 0.0)
+    dropout_key = options.pop("dropout_key", None)
     checks.dropped(dropout_rate, dropout_key)
     for name, matrix in (("before", params.before), ("after", params.after)):
         between.sized("talking_heads", name, matrix, "[N, N]", (config.num_heads, config.num_heads))
