@@ -21,6 +21,7 @@ A map of the package:
     decoding        greedy, sampling and beam search
     linen, nnx      Flax modules over the same functions
     losses, training  Optax training of any loss
+    accumulation, weight_decay  what of it knows tokens and names of parameters
     heads           what heads do, from arrays:
       importance, ablation, gates       what a loss loses without them, and which are enough
       patterns, roles, copying          where they look, and what they are for
@@ -66,12 +67,13 @@ from mhajax.attention import apply, apply_captured, init_params
 from mhajax.version import __version__
 
 if TYPE_CHECKING:  # the others are imported when they are named, below
-    from mhajax import figures, heads, linen, nnx, training, variants, view
+    from mhajax import accumulation, figures, heads, linen, nnx, training, variants, view, weight_decay
 
 __all__ = [
     "__version__",
     "AttentionConfig",
     "AttentionParams",
+    "accumulation",
     "apply",
     "apply_captured",
     "attention",
@@ -101,6 +103,7 @@ __all__ = [
     "tree",
     "variants",
     "view",
+    "weight_decay",
 ]
 
 
