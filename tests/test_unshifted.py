@@ -30,7 +30,13 @@ ROWS = [
 def attend(mask=MASK, fine=FINE):
     """A function of q, k, v: heads and log-sum-exp."""
     places = {"queries": masks.tokens(T), "keys": masks.tokens(S)}
-    return partial(blockwise.attend, mask=mask, scale=H**-0.5, tiling=COARSE, tiling_if_small=fine, **places)
+    tiled = partial(blockwise.attend, mask=mask, scale=H**-0.5, tiling=COARSE, tiling_if_small=fine, **places)
+
+    def both(q, k, v):
+        heads, log_sums = tiled(q, k, v)
+        return heads, log_sums.whole
+
+    return both
 
 
 def with_gradient(function):

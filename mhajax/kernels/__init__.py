@@ -138,7 +138,7 @@ def attend(
         log_sums = tiled(choose(request, "blockwise"))[1]
     captured: dict[str, Any] = {}
     if "log_sum_exp" in names and log_sums is not None:
-        captured["log_sum_exp"] = of_heads(log_sums[..., None], asked)[..., 0]
+        captured["log_sum_exp"] = of_heads(log_sums.whole[..., None], asked)[..., 0]
     whole = choice.kernel == "dense" and not patched and asked.heads is None and asked.rows is None
     if whole and ("logits" in names or "weights" in names):
         captured |= dense.look(q, k, v, cached=cached, **given)
