@@ -183,9 +183,10 @@ def _pull(
     top, log_total = log_sums
     if static.guarded or static.score is not None:  # a query that sees nothing has no weights
         log_total = jnp.where(log_total == -jnp.inf, jnp.inf, log_total)
-    if static.guarded:  # one that is spoilt passes no gradient
+    if static.guarded:  # one that is spoilt passes no gradient, whatever its cotangent
         spoilt = jnp.isnan(log_total)
         log_total, delta = jnp.where(spoilt, jnp.inf, log_total), jnp.where(spoilt, 0, delta)
+        d_out = jnp.where(spoilt[..., None], 0, d_out)
 
     def one_chunk(d_shared: Any, index: Array) -> tuple[Any, tuple]:
         chunk = walk.chunk_of(static, operands, index)
@@ -213,6 +214,8 @@ def _pull(
                     )
                 weights = jnp.exp((scores - top[..., None]) - log_total[..., None])
                 d_weights, kept_weights = precision.einsum("cth,csh->cts", d_asked, v), weights
+                if tile.masked or bias is not None or static.score is not None:
+                    d_weights = jnp.where(weights > 0, d_weights, 0)  # a hidden value may be so large that it is inf
                 if static.dropout_rate:
                     factor = jnp.where(walk.kept(static, context, tile), 1 / (1 - static.dropout_rate), 0).astype(wide)
                     kept_weights, d_weights = weights * factor, d_weights * factor

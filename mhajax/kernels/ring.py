@@ -96,13 +96,14 @@ def attend(
       [..., N, T, Hv] in the dtype of v, and the log-sum-exp [..., N, T] (-inf where nothing may be attended to).
 
     Raises:
-      ValueError: if the kernel is another. If a score function does not give one number.
+      ValueError: if the kernel is another. If a score function does not give one number, or holds something for another
+        number of heads than this device has.
     """
     if kernel not in ("auto", "dense", "blockwise"):
         raise ValueError(f"kernels.ring: kernel must be auto, dense or blockwise, got {kernel!r}.")
     constants: tuple[Array, ...] = ()
     if score is not None:
-        score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32))
+        score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32), q.shape[-3])
     q, scale = dense.scaled(q, scale)
     queries = _tokens(axis_name, q.shape[-2], queries)
     keys = _tokens(axis_name, k.shape[-2], keys)
