@@ -15,12 +15,15 @@ through `jit` as arguments, new values do not retrace, `vmap` maps over them, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
@@ -41,7 +44,7 @@ def slope(slopes: ArrayLike) -> Partial:
 
 
 def _slope(slopes: Array, score: Array, head: Array, q_position: Array, k_position: Array) -> Array:
-    return score - _of_head(slopes, head) * jnp.abs(q_position - k_position)
+    return score - _of_head("alibi or slope", slopes, head) * jnp.abs(q_position - k_position)
 
 
 def alibi(num_heads: int) -> Partial:
@@ -96,7 +99,7 @@ def relative(table: ArrayLike) -> Partial:
 
 def _relative(table: Array, score: Array, head: Array, q_position: Array, k_position: Array) -> Array:
     most = table.shape[1] // 2
-    return score + _of_head(table, head)[jnp.clip(k_position - q_position, -most, most) + most]
+    return score + _of_head("relative or t5", table, head)[jnp.clip(k_position - q_position, -most, most) + most]
 
 
 def t5(table: ArrayLike, *, bidirectional: bool, max_distance: int = 128) -> Partial:
@@ -236,6 +239,34 @@ def _table(function: str, given: ArrayLike, axes: str, rank: int) -> Array:
     return table
 
 
-def _of_head(table: Array, head: Array) -> Array:
-    """The head's row; NaN for a head that the table does not have, which an index beyond the end would not notice."""
+def _of_head(who: str, table: Array, head: Array) -> Array:
+    """The head's row. An index beyond the end would not notice that there is none.
+
+    Raises:
+      ValueError: for a table of another number of heads than there are; for a head, given as a number, beyond it.
+    """
+    expected, have = _NUM_HEADS.get(), table.shape[0]
+    if expected not in (None, have):
+        raise ValueError(
+            f"scores.{who}: must be made for N={expected} heads, as many as queries have, got {have}; inside shard_map "
+            "N counts the heads of one device."
+        )
+    if not isinstance(head, Tracer) and not np.all((np.asarray(head) >= 0) & (np.asarray(head) < have)):
+        raise ValueError(f"scores.{who}: head must be 0 to {have - 1}, got {head}.")
     return table.at[head].get(mode="fill", fill_value=jnp.nan)
+
+
+_NUM_HEADS: ContextVar[int | None] = ContextVar("num_heads", default=None)  # of the attention that is being traced
+
+
+@contextmanager
+def for_heads(num_heads: int) -> Iterator[None]:
+    """Within it, a score function of this module that holds something for every head must hold it for so many heads.
+
+    For who traces a score function: a user's may call one of these, so that looking at it from outside does not do.
+    """
+    token = _NUM_HEADS.set(num_heads)
+    try:
+        yield
+    finally:
+        _NUM_HEADS.reset(token)

@@ -247,7 +247,7 @@ def hidden_keys(path: Path, case: Case) -> str:
 
 
 def visible_keys(path: Path, case: Case) -> str:
-    """NaN for the queries that see it; a loss without them changes by no bit."""
+    """NaN for the queries that see it, and no gradient from them; a loss without them changes by no bit."""
     program, (q, k, v, extras, d_out, d_log_sums) = quick(body(path, case)), inputs(case)
     seen = np.broadcast_to(case.allowed, (case.sizes.b, case.sizes.n, case.sizes.t, case.sizes.s))
     for name, bad in (("k", np.nan), ("v", np.inf), ("q", np.nan)):
@@ -267,6 +267,11 @@ def visible_keys(path: Path, case: Case) -> str:
             np.testing.assert_array_equal(np.asarray(a)[~hit], np.asarray(b)[~hit])
         for a, b in zip(got[2:], expected[2:], strict=True):
             np.testing.assert_array_equal(np.where(a == 0, 0, a), np.where(b == 0, 0, b))
+        for cotangent in (d_out, np.where(hit[..., None], np.nan, d_out)):
+            loud = program(*(spoilt[name] for name in "qkv"), extras, cotangent.astype(d_out.dtype), d_log_sums)
+            quiet = program(*(spoilt[name] for name in "qkv"), extras, cotangents[0], d_log_sums)
+            for a, b in zip(loud[2:], quiet[2:], strict=True):
+                np.testing.assert_array_equal(a, b)
     return "exact"
 
 
@@ -284,6 +289,26 @@ def looking(path: Path, case: Case) -> str:
     weights = np.where(allowed, np.exp(np.asarray(seen["logits"], np.float64) - log_sums), 0)
     assert_close([seen["log_sum_exp"], seen["weights"]], [log_sums[..., 0], weights], BOUNDS[case.dtype])
     return "exact"
+
+
+def a_row_that_is_the_same(path: Path, case: Case) -> str:
+    """Weights that sum to 1, entropies, what keys receive, and gradients, where log S is lost in the log-sum-exp."""
+    q, k, v, _, d_out, d_log_sums = given = inputs(case)
+
+    def both(q: Any, k: Any, v: Any) -> tuple:
+        run = lambda *given: attend(path, *given, **case.options({}), capture=kernels.CAPTURES)  # noqa: E731
+        heads, pull, seen = jax.vjp(run, q, k, v, has_aux=True)
+        return heads, seen, pull(d_out)
+
+    heads, seen, gradients = quick(both)(q, k, v)
+    expected_heads, log_sums, *expected = loops(case, *given[:5], 0 * d_log_sums)
+    logits = np.einsum("bnth,bnsh->bnts", q, np.repeat(k, 2, axis=1), dtype=np.float64) * case.sizes.h**-0.5
+    logits = case.logits(logits, {})
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    captured = [weights, -np.sum(weights * np.log(weights), axis=-1), weights.sum(-2), log_sums]
+    got = [seen[name] for name in ("weights", "entropy", "column_sums", "log_sum_exp")]
+    return assert_close([heads, *gradients, *got], [expected_heads, *expected, *captured], BOUNDS[case.dtype])
 
 
 def forward_mode(path: Path, case: Case) -> str:
@@ -341,6 +366,7 @@ SPECIAL = {
     "NaN, Inf in masked keys, values": hidden_keys,
     "NaN, Inf in a visible key, value, query": visible_keys,
     "capture of weights, logits": looking,
+    "score that sets a whole row to -1e9": a_row_that_is_the_same,
     "mask as an argument of `jit`": mask_as_argument,
     "`vmap` over score tables": lifted,
     "`vmap` over gates": lifted,

@@ -125,6 +125,14 @@ def own_logits(x: Any, extras: dict) -> Any:
     return x * extras["factor"][:, None, None] + near - 0.1 * np.tanh(x)
 
 
+def one_row(value: float) -> Case:
+    """A score function that gives the third query the same number for every key."""
+    return Case(
+        lambda e: {"score": lambda score, head, q, k: jnp.where(q == 2, value, score)},
+        logits=lambda x, e: np.where(Q_PLACE == 2, value, x),
+    )
+
+
 def one_example(attend: Callable, q: Any, k: Any, v: Any) -> Any:
     def one(q: Any, k: Any, v: Any, length: Any) -> Any:
         heads, seen = attend(q, k, v, mask=masks.causal() & masks.lengths(length), capture=("log_sum_exp",))
@@ -239,4 +247,6 @@ CASES = {
     "gradients of gradients: mask, bias, score, dropout": EVERYTHING,
     "forward mode: `jvp`, `hessian`": masked(PADDED_CAUSAL, UNPADDED_CAUSAL),
     "`cached=True`": Case(lambda e: {"mask": PADDED_CAUSAL, "cached": True}, UNPADDED_CAUSAL),
+    "score that sets a whole row to -1e9": one_row(-1e9),
+    "score that hides a whole row": one_row(-np.inf),
 }  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mhajax import attention, kernels, masks, scores
+from mhajax.kernels import ring
 from mhajax.masks import Tokens
 from tests.reference import numbers, random_params
 
@@ -197,12 +198,34 @@ def test_sinks_keep_the_dtype():
     np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("make", [scores.slope, lambda _: scores.relative(numbers(0, N - 1, 3))])
-def test_a_table_for_too_few_heads_is_noticed(make, kernel):
-    """An index beyond the end would quietly give the last head's."""
-    heads = attend(make(numbers(0, N - 1)), Q, kernel)[0]
-    assert np.all(np.isnan(heads[:, N - 1])) and np.all(np.isfinite(heads[:, : N - 1]))
+PER_HEAD = {
+    "alibi or slope": scores.alibi,
+    "relative or t5": lambda n: scores.relative(numbers(0, n, 3)),
+    "relative or t5, t5": lambda n: scores.t5(numbers(0, n, 8), bidirectional=True),
+    "alibi or slope, in a chain": lambda n: scores.chain(scores.soft_cap(3.0), scores.alibi(n)),
+    "alibi or slope, in a function": lambda n: lambda *pair: scores.alibi(n)(*pair),
+}
+
+
+@pytest.mark.parametrize("path", ["dense", "blockwise", "auto", "ring"])
+@pytest.mark.parametrize("name", PER_HEAD)
+def test_what_is_per_head_is_for_as_many_heads(name, path):
+    """An index beyond the end would quietly give the last head's, and one below it somebody's."""
+
+    def attend_with(score, heads=N):
+        q = jnp.broadcast_to(Q[:, :1], (B, heads, T, H))
+        if path == "ring":
+            return ring.attend(q, q, q, axis_name="none", score=score)
+        places = {"queries": masks.tokens(T), "keys": masks.tokens(T)}
+        return jax.eval_shape(lambda q: kernels.attend(q, q, q, score=score, kernel=path, **places), q)
+
+    for have in (N - 1, N + 1):
+        score = PER_HEAD[name](have)
+        if path != "ring":
+            attend_with(score, have)  # the same function, traced before
+        with pytest.raises(ValueError) as caught:
+            attend_with(score)
+        assert all(part in str(caught.value) for part in (f"scores.{name.split(',')[0]}:", f"N={N}", f"got {have}"))
 
 
 @pytest.mark.parametrize(
@@ -210,6 +233,7 @@ def test_a_table_for_too_few_heads_is_noticed(make, kernel):
     [
         (partial(scores.alibi, 0), ("scores.alibi", "num_heads", "at least 1", "0")),
         (partial(scores.slope, np.ones((2, 3))), ("scores.slope", "[N]", "(2, 3)")),
+        (partial(scores.alibi(5), 1.0, 7, 0, 0), ("scores.alibi", "0 to 4", "7")),
         (partial(scores.relative, np.ones(3)), ("scores.relative", "[N, 2m + 1]", "(3,)")),
         (partial(scores.relative, np.ones((2, 4))), ("scores.relative", "odd", "(2, 4)")),
         (partial(scores.t5, np.ones(3), bidirectional=True), ("scores.t5", "[N, buckets]", "(3,)")),

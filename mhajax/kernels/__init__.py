@@ -54,7 +54,7 @@ def attend(
 
     Logits, softmax and sums are float32 (float64 for float64 input), whatever the dtype of q, k and v. A query with
     nothing to attend to gives zeros. With a mask or a bias, keys and values that are not finite harm only the queries
-    that may see them: those get NaN.
+    that may see them: those get NaN, and pass no gradient to q, k, v and the rest, whatever their cotangent.
 
     Args:
       q: queries [..., N, T, H].
@@ -65,7 +65,8 @@ def attend(
       mask: who may attend to whom; None is everybody to everybody.
       bias: added to the logits, broadcasts to [..., N, T, S]; -inf masks.
       score: function (score, head, q_position, k_position) → score of one scaled product, before bias and mask; what it
-        closes over has gradients. `mhajax.scores` has the known ones.
+        closes over has gradients. -inf hides the pair, of a whole row too; but only a mask or a bias keeps a key that
+        is not finite away. `mhajax.scores` has the known ones.
       scale: factor of the products, 1/√H if None; or an array that broadcasts to [..., N, T, 1], say [N, 1, 1] for one
         of every head, which has a gradient: the queries are multiplied by it.
       dropout_rate: share of the weights that is dropped.
@@ -87,8 +88,8 @@ def attend(
 
     Raises:
       ValueError: if the kernel cannot do what is asked; it names one that can. If a score function does not give one
-        number or, inside `shard_map`, closes over a traced array that is the same on all devices where q is not. If
-        scale has another shape.
+        number, holds something (slopes, a table) for another number of heads than N or, inside `shard_map`, closes over
+        a traced array that is the same on all devices where q is not. If scale has another shape.
     """
     q, scale = dense.scaled(q, scale)
     if dropout_key is None:
@@ -98,7 +99,7 @@ def attend(
     everything = q, k, v, mask, queries, keys, bias, dropout_key, logits, weights, real
     constants: tuple[Array, ...] = ()
     if score is not None:
-        score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32), everything)
+        score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32), q.shape[-3], everything)
     everything = devices.over(devices.axes(everything, constants), everything)
     q, k, v, mask, queries, keys, bias, dropout_key, logits, weights, real = everything
     request = Request(
@@ -138,7 +139,7 @@ def attend(
         log_sums = tiled(choose(request, "blockwise"))[1]
     captured: dict[str, Any] = {}
     if "log_sum_exp" in names and log_sums is not None:
-        captured["log_sum_exp"] = of_heads(log_sums[..., None], asked)[..., 0]
+        captured["log_sum_exp"] = of_heads(log_sums.whole[..., None], asked)[..., 0]
     whole = choice.kernel == "dense" and not patched and asked.heads is None and asked.rows is None
     if whole and ("logits" in names or "weights" in names):
         captured |= dense.look(q, k, v, cached=cached, **given)

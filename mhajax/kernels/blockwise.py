@@ -2,7 +2,7 @@
 
 The grid of queries × keys is cut into tiles. For each block of queries a loop runs over the tiles that the mask does
 not rule out, first over those in which every pair is allowed (no mask is evaluated there), then over the others, and
-keeps a running maximum, sum and output. The backward pass computes the weights again from the saved log-sum-exp.
+keeps a running maximum, sum and output. The backward pass computes the weights again from the saved maximum and sum.
 
 How the loops are laid out (how many heads at a time, how large a tile) is a `Tiling`; `kernels.choice` picks it. Where
 logits are found to be small, the forward pass may be `unshifted`, in tiles of its own.
@@ -26,6 +26,7 @@ from jax import Array
 from mhajax import precision
 from mhajax.kernels import devices, finite, grid, unshifted, walk
 from mhajax.kernels.grid import Context, Operands, Static, Tiling
+from mhajax.kernels.log_sum_exp import LogSumExp
 from mhajax.kernels.loops import accumulate, times
 from mhajax.kernels.walk import Tile
 from mhajax.masks import Mask, Tokens
@@ -47,8 +48,8 @@ def attend(
     dropout_key: Array | None = None,
     tiling: Tiling,
     tiling_if_small: Tiling | None = None,
-) -> tuple[Array, Array]:
-    """The heads' outputs and the logarithm of every query's sum; the contract is that of `kernels.attend`.
+) -> tuple[Array, LogSumExp]:
+    """The heads' outputs and the log-sum-exp of every query; the contract is that of `kernels.attend`.
 
     Forward-mode derivatives are not defined for this path: `jax.jvp`, `jax.jacfwd`, `jax.hessian` need the dense one.
     Gradients of gradients hold every logit, as the dense path does.
@@ -65,12 +66,12 @@ def attend(
       mask, queries, keys, scale, dropout_rate, dropout_key: as in `kernels.attend`.
 
     Returns:
-      [..., N, T, Hv] in the dtype of v, and float32 [..., N, T] (-inf where nothing may be attended to).
+      [..., N, T, Hv] in the dtype of v, and the log-sum-exp, float32 [..., N, T].
     """
     *leading, num_heads, length, _ = q.shape
     if 0 in leading:  # no examples, no tiles
-        nothing = jnp.full(q.shape[:-1], -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
-        return jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype), nothing
+        nothing = jnp.zeros(q.shape[:-1], jnp.promote_types(q.dtype, jnp.float32))
+        return jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype), LogSumExp(nothing, nothing - jnp.inf)
     static = Static(
         tiling, tuple(leading), num_heads, length, k.shape[-2], scale,
         0.0 if dropout_key is None else dropout_rate, score, guarded=mask is not None or bias is not None,
@@ -84,17 +85,17 @@ def attend(
     heads, log_sums = results
     shape = (*leading, num_heads)
     heads = heads[:, :length].astype(v.dtype).reshape(*shape, length, v.shape[-1])
-    return heads, log_sums[:, :length].reshape(*shape, length)
+    return heads, jax.tree.map(lambda a: a[:, :length].reshape(*shape, length), log_sums)
 
 
 _Fixed = tuple[Static, Static | None, grid.Known]  # in tiles, and in those of `unshifted`; what the contexts hold
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple[Array, Array]:
+def _attend(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple[Array, LogSumExp]:
     static, fine, known = fixed
 
-    def marked(operands: Operands, arrays: grid.Arrays) -> tuple[Array, Array]:
+    def marked(operands: Operands, arrays: grid.Arrays) -> tuple[Array, LogSumExp]:
         context, of_fine = known.joined(arrays)
         lengths = finite.lengths_of(*operands[:3])
         tiled = lambda: _forward(static, operands, context)  # noqa: E731
@@ -105,9 +106,10 @@ def _attend(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple[Arr
             out, log_sums = jax.lax.cond(small, partial(unshifted.forward, fine, operands, of_fine), tiled)
         if not static.guarded:
             return out, log_sums
-        nobody = lambda: jnp.zeros_like(log_sums, bool)  # noqa: E731
+        top, log_total = log_sums
+        nobody = lambda: jnp.zeros_like(log_total, bool)  # noqa: E731
         spoilt = jax.lax.cond(lengths.finite, nobody, partial(walk.spoilt, static, operands, context))
-        return jnp.where(spoilt[..., None], jnp.nan, out), jnp.where(spoilt, jnp.nan, log_sums)
+        return jnp.where(spoilt[..., None], jnp.nan, out), LogSumExp(top, jnp.where(spoilt, jnp.nan, log_total))
 
     # Under a plain `vmap` both ways would be computed for every example.
     return (marked if fine is None else jax.custom_batching.sequential_vmap(marked))(operands, arrays)
@@ -118,16 +120,16 @@ def _attend_and_keep(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> 
     return results, (operands, arrays, *results)
 
 
-def _forward(static: Static, operands: Operands, context: Context) -> tuple[Array, Array]:
+def _forward(static: Static, operands: Operands, context: Context) -> tuple[Array, LogSumExp]:
     """[B·N, T, Hv] and log-sum-exp [B·N, T], both wide; with a mask, what is not finite counts as 0."""
     items, rows, columns = static.tiling
     wide = jnp.promote_types(operands.q.dtype, jnp.float32)
 
-    def one_chunk(index: Array) -> tuple[Array, Array]:
+    def one_chunk(index: Array) -> tuple[Array, LogSumExp]:
         chunk = walk.chunk_of(static, operands, index)
         q = walk.of_chunk(static, operands.q, chunk)
 
-        def one_row(row: Array) -> tuple[Array, Array]:
+        def one_row(row: Array) -> tuple[Array, LogSumExp]:
             asking, rest = walk.scaled(static, walk.cut_tokens(static, q, row, rows))
 
             def visited(tile: Tile, state: tuple | None) -> tuple:
@@ -156,11 +158,10 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple[Arra
             out, top, total = walk.visit(context, chunk, row, visited, state)
             nothing = total == 0
             total = jnp.where(nothing, 1, total)
-            log_sum = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
+            log_sum = LogSumExp(jnp.where(nothing, 0, top), jnp.where(nothing, -jnp.inf, jnp.log(total)))
             return out / total[..., None], log_sum
 
-        out, log_sum = times(one_row, operands.q.shape[1] // rows)  # [t_tiles, c, rows, …]
-        return walk.joined(out), walk.joined(log_sum)
+        return jax.tree.map(walk.joined, times(one_row, operands.q.shape[1] // rows))  # of [t_tiles, c, rows, …]
 
     chunks = times(one_chunk, operands.q.shape[0] // items)
     out, log_sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), chunks)
@@ -169,27 +170,31 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple[Arra
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pull(
-    fixed: _Fixed, operands: Operands, arrays: grid.Arrays, out: Array, log_sums: Array, d_out: Array, d_log_sums: Array
-) -> Operands:
+    fixed: _Fixed, operands: Operands, arrays: grid.Arrays, out: Array, log_sums: LogSumExp, d_out: Array,
+    d_log_sums: LogSumExp,
+) -> Operands:  # fmt: skip
     """Gradients of all operands, one block of queries after another; keys' and values' are summed up transposed."""
     static, _, known = fixed
     context = known.joined(arrays)[0]
     items, rows, columns = static.tiling
     wide = jnp.promote_types(operands.q.dtype, jnp.float32)
     # The gradient of a weight's logit is weight · (its own gradient - delta).
-    delta = jnp.sum(out * d_out, axis=-1) - d_log_sums
-    if static.guarded:  # a query that sees nothing has no weights either way; one that is spoilt passes no gradient
-        spoilt = jnp.isnan(log_sums)
-        log_sums = jnp.where(spoilt, jnp.inf, jnp.where(log_sums == -jnp.inf, 0, log_sums))
-        delta = jnp.where(spoilt, 0, delta)
+    delta = jnp.sum(out * d_out, axis=-1) - d_log_sums.log_total
+    top, log_total = log_sums
+    if static.guarded or static.score is not None:  # a query that sees nothing has no weights
+        log_total = jnp.where(log_total == -jnp.inf, jnp.inf, log_total)
+    if static.guarded:  # one that is spoilt passes no gradient, whatever its cotangent
+        spoilt = jnp.isnan(log_total)
+        log_total, delta = jnp.where(spoilt, jnp.inf, log_total), jnp.where(spoilt, 0, delta)
+        d_out = jnp.where(spoilt[..., None], 0, d_out)
 
     def one_chunk(d_shared: Any, index: Array) -> tuple[Any, tuple]:
         chunk = walk.chunk_of(static, operands, index)
-        q, *others = (walk.of_chunk(static, a, chunk) for a in (operands.q, d_out, log_sums, delta))
+        q, *others = (walk.of_chunk(static, a, chunk) for a in (operands.q, d_out, top, log_total, delta))
 
         def one_row(state: tuple, row: Array) -> tuple[tuple, Array]:
             asking = walk.cut_tokens(static, q, row, rows)
-            d_asked, log_sum, lost = (walk.cut(a, 1, row, rows) for a in others)
+            d_asked, top, log_total, lost = (walk.cut(a, 1, row, rows) for a in others)
             # A product whose left side is transposed is slow on CPU: turn the thin side, not the weights.
             turned = jax.lax.optimization_barrier(tuple(jnp.swapaxes(a, 1, 2) for a in (asking, d_asked)))
             asking, rest = walk.scaled(static, asking)
@@ -207,8 +212,10 @@ def _pull(
                     scores, d_logits_to_raw = jax.vjp(
                         lambda raw, constants: logits(raw, bias, constants), raw, operands.constants
                     )
-                weights = jnp.exp(scores - log_sum[..., None])
+                weights = jnp.exp((scores - top[..., None]) - log_total[..., None])
                 d_weights, kept_weights = precision.einsum("cth,csh->cts", d_asked, v), weights
+                if tile.masked or bias is not None or static.score is not None:
+                    d_weights = jnp.where(weights > 0, d_weights, 0)  # a hidden value may be so large that it is inf
                 if static.dropout_rate:
                     factor = jnp.where(walk.kept(static, context, tile), 1 / (1 - static.dropout_rate), 0).astype(wide)
                     kept_weights, d_weights = weights * factor, d_weights * factor
@@ -267,10 +274,11 @@ def _second(fixed: _Fixed, saved: tuple, cotangents: Operands) -> tuple:
     operands, arrays, log_sums, d_out, d_log_sums = saved
     whole, context = grid.in_one_tile(static, operands, known.joined(arrays)[0])
 
-    def gradients(operands: Operands, d_out: Array, d_log_sums: Array) -> Operands:
+    def gradients(operands: Operands, d_out: Array, d_log_sums: LogSumExp) -> Operands:
         if static.guarded:  # a query that is spoilt passes no gradient
-            spoilt = jnp.isnan(log_sums)
-            d_out, d_log_sums = jnp.where(spoilt[..., None], 0, d_out), jnp.where(spoilt, 0, d_log_sums)
+            spoilt = jnp.isnan(log_sums.log_total)
+            d_out = jnp.where(spoilt[..., None], 0, d_out)
+            d_log_sums = jax.tree.map(lambda d: jnp.where(spoilt, 0, d), d_log_sums)
         return jax.vjp(lambda operands: _forward(whole, operands, context), operands)[1]((d_out, d_log_sums))[0]
 
     d_operands, *d_given = jax.vjp(gradients, operands, d_out, d_log_sums)[1](cotangents)

@@ -17,11 +17,12 @@ from jax import Array
 
 from mhajax import dropout, precision
 from mhajax.kernels import finite, pairs
+from mhajax.kernels.log_sum_exp import LogSumExp
 from mhajax.masks import Mask, Tokens
 
 
-def attend(q: Array, k: Array, v: Array, **options) -> tuple[Array, Array]:
-    """The heads' outputs [..., N, T, Hv] in the dtype of v, and the logarithm of every query's sum [..., N, T].
+def attend(q: Array, k: Array, v: Array, **options) -> tuple[Array, LogSumExp]:
+    """The heads' outputs [..., N, T, Hv] in the dtype of v, and the log-sum-exp of every query [..., N, T].
 
     Args:
       q: [..., N, T, H].
@@ -42,7 +43,7 @@ def look(q: Array, k: Array, v: Array, **options) -> dict[str, Array]:
 def _guarded(
     q: Array, k: Array, v: Array, *, queries: Tokens, keys: Tokens, mask: Mask | None = None, bias: Array | None = None,
     cached: bool = False, **options: Any,
-) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+) -> tuple[Array, dict[str, Any]]:  # fmt: skip
     """`_lifted`, with what is not finite kept where it may be seen; a cache has seen to that itself."""
     given: dict[str, Any] = {"queries": queries, "keys": keys, "mask": mask, "bias": bias, **options}
     if cached or (mask is None and bias is None):
@@ -68,7 +69,7 @@ def _lifted(
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     capture: Sequence[str] = (),
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, dict[str, Any]]:
     *leading, num_heads, length, width = q.shape
     num_kv_heads, num_keys = k.shape[-3:-1]
     full = (*leading, num_heads, length, num_keys)
@@ -101,9 +102,7 @@ def _lifted(
         *(None if score is None else a.reshape(-1, 1, 1, a.shape[-1]) for a in places),
     )
     shape = (*leading, num_heads)
-    return heads.reshape(*shape, length, v.shape[-1]), {
-        name: array.reshape(*shape, *array.shape[3:]) for name, array in captured.items()
-    }
+    return heads.reshape(*shape, length, v.shape[-1]), jax.tree.map(lambda a: a.reshape(*shape, *a.shape[3:]), captured)
 
 
 def attend_head(
@@ -118,7 +117,7 @@ def attend_head(
     scale: float,
     dropout_rate: float = 0.0,
     capture: Sequence[str] = (),
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, dict[str, Any]]:
     """One head of one sequence.
 
     Args:
@@ -134,11 +133,13 @@ def attend_head(
       capture: "logits", "weights", "log_sum_exp".
 
     Returns:
-      [T, Hv] in the dtype of v, and the captured arrays, [T, S] or [T].
+      [T, Hv] in the dtype of v, and what is captured: arrays [T, S], or a `LogSumExp`.
     """
     logits = precision.einsum("th,sh->ts", q, k) * scale
     if score is not None:
         logits = score(logits)
+        if allowed is None:
+            allowed = logits != -jnp.inf  # what the function hides
     if bias is not None:
         logits = logits + bias
     if allowed is not None:
@@ -154,9 +155,10 @@ def attend_head(
     kept_weights = weights if kept is None else jnp.where(kept, weights * (1 / (1 - dropout_rate)), 0)
     out = precision.einsum("ts,sh->th", precision.narrow(kept_weights, v), v) / total
 
-    def log_sum_exp() -> Array:
-        log_sums = top + jnp.log(total)
-        return (log_sums if nothing is None else jnp.where(nothing, -jnp.inf, log_sums))[:, 0]
+    def log_sum_exp() -> LogSumExp:
+        log_total = jnp.log(total)
+        log_total = log_total if nothing is None else jnp.where(nothing, -jnp.inf, log_total)
+        return LogSumExp(top[:, 0], log_total[:, 0])
 
     captured = {"logits": lambda: logits, "weights": lambda: weights / total, "log_sum_exp": log_sum_exp}
     return out.astype(v.dtype), {name: captured[name]() for name in capture}

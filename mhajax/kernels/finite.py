@@ -7,7 +7,7 @@ Bad entries are taken out before a kernel runs, and what they spoil is marked af
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,18 +79,21 @@ def reached(
 
 
 def mark(
-    heads: Array, captured: dict[str, Array], rows: Array, spoilt: Spoilt, mask: Mask | None, bias: Array | None,
+    heads: Array, captured: dict[str, Any], rows: Array, spoilt: Spoilt, mask: Mask | None, bias: Array | None,
     queries: Tokens, keys: Tokens,
-) -> tuple[Array, dict[str, Array]]:  # fmt: skip
-    """Outputs and captured arrays with NaN where they are spoilt; gradients pass as if they were not."""
-    bad = lambda where: jnp.where(where, jnp.nan, 0)  # noqa: E731
-    heads = heads + bad(rows)[..., None].astype(heads.dtype)
+) -> tuple[Array, dict[str, Any]]:  # fmt: skip
+    """Outputs and captured arrays with NaN where they are spoilt; no gradient passes there."""
     marks = {
-        "log_sum_exp": lambda: bad(rows),
-        "weights": lambda: bad(rows)[..., None],
-        "logits": lambda: bad(pairs(spoilt, mask, bias, queries, keys)),
+        "log_sum_exp": lambda sums: sums._replace(log_total=nan_where(rows, sums.log_total)),
+        "weights": lambda weights: nan_where(rows[..., None], weights),
+        "logits": lambda logits: nan_where(pairs(spoilt, mask, bias, queries, keys), logits),
     }
-    return heads, {name: array + marks[name]() for name, array in captured.items()}
+    return nan_where(rows[..., None], heads), {name: marks[name](array) for name, array in captured.items()}
+
+
+def nan_where(where: Array, array: Array) -> Array:
+    """NaN there, and no gradient; else the array."""
+    return jnp.where(where, jnp.asarray(jnp.nan, array.dtype), array)
 
 
 class Lengths(NamedTuple):

@@ -218,6 +218,6 @@ def _gradients(
     if weights is None:
         return gradients(scale, cut, q, k, v, d_heads, queries, bound)
     if harm is None:
-        return gradients_of_kept(scale, weights, q, k, v, d_heads, None)
-    of_kept = partial(gradients_of_kept, scale, weights, q, k, v, d_heads)
+        return gradients_of_kept(scale, weights, q, k, v, d_heads, None, masked=False)
+    of_kept = partial(gradients_of_kept, scale, weights, q, k, v, d_heads, masked=True)
     return jax.lax.cond(jnp.any(harm.anything), lambda: of_kept(queries), lambda: of_kept(None))

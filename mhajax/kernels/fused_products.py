@@ -116,15 +116,15 @@ def _sound(q: Array, k: Array, v: Array, d_heads: Array, harmed: Array | None) -
 
 
 def gradients_of_kept(
-    scale: float, weights: Array, q: Array, k: Array, v: Array, d_heads: Array, harmed: Array | None
+    scale: float, weights: Array, q: Array, k: Array, v: Array, d_heads: Array, harmed: Array | None, masked: bool
 ) -> tuple[Array, Array, Array]:
     """Gradients of q [B, K, T, H], k [B, K, S, H] and v [B, K, S, Hv] from the weights [B, K, T, S].
 
-    If any queries are harmed, [B, K, T], what is not finite counts as 0.
+    If any queries are harmed, [B, K, T], what is not finite counts as 0. If masked, some pairs may be hidden.
     """
     like, weights = (q, k, v), flat(weights)
     q, k, v, d_heads = _sound(flat(q), flat(k), flat(v), flat(d_heads), None if harmed is None else flat(harmed))
-    d_weights = precision.einsum("cth,csh->cts", d_heads, v)
+    d_weights = _of_weights(d_heads, v, weights if masked else None)
     mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
     d_products = precision.narrow(weights * (d_weights - mean) * scale, k)
     d_q = precision.einsum("cts,csh->cth", d_products, k)
@@ -187,7 +187,7 @@ def _gradients_of_band(
 ) -> tuple[Array, Array, Array]:
     """Gradients of the queries of one band, and its part of those of keys and values."""
     weights = _shares(*_weights(scale, q, k, bound))
-    d_weights = precision.einsum("cth,csh->cts", d_heads, v)
+    d_weights = _of_weights(d_heads, v, None if bound is None else weights)
     mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
     d_logits = jax.lax.optimization_barrier(weights * (d_weights - mean))
     weights, d_logits = precision.narrow(weights, v), precision.narrow(d_logits, k)
@@ -197,6 +197,12 @@ def _gradients_of_band(
     d_k = precision.einsum("cht,cts->chs", turned_q, d_logits) * _each(scale, turned_q)
     d_v = precision.einsum("cht,cts->chs", turned_d, weights) * _each(1, turned_d)
     return d_q, jnp.swapaxes(d_k, 1, 2), jnp.swapaxes(d_v, 1, 2)
+
+
+def _of_weights(d_heads: Array, v: Array, weights: Array | None) -> Array:
+    """Gradients of the weights [c, T, S]; if those are given, 0 where they are, as a hidden value may make it inf."""
+    d_weights = precision.einsum("cth,csh->cts", d_heads, v)
+    return d_weights if weights is None else jnp.where(weights > 0, d_weights, 0)
 
 
 def _each(factor: float, a: Array) -> Array:

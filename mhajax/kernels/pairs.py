@@ -11,10 +11,11 @@ from jax import Array
 from jax.core import Tracer
 from jax.extend import core
 
+from mhajax import scores
 from mhajax.kernels import devices
 
 
-def hoist(score: Callable, dtype: Any, *others: Any) -> tuple[Callable, tuple[Array, ...]]:
+def hoist(score: Callable, dtype: Any, num_heads: int, *others: Any) -> tuple[Callable, tuple[Array, ...]]:
     """A score function as one of (score, head, q_position, k_position, *constants), and the constants.
 
     A custom derivative sees only its arguments, so the traced arrays that a user's function closes over have to become
@@ -23,14 +24,18 @@ def hoist(score: Callable, dtype: Any, *others: Any) -> tuple[Callable, tuple[Ar
     Args:
       score: the function.
       dtype: of the scores.
+      num_heads: N, for which the library's own score functions are checked.
       *others: what the scores are made from.
 
     Raises:
-      ValueError: if the function does not give one number. If, inside `shard_map`, a traced array is the same on all
-        devices and the others are not: its gradient would be summed over them in every tile.
+      ValueError: if the function does not give one number, or holds something for another number of heads. If, inside
+        `shard_map`, a traced array is the same on all devices and the others are not: its gradient would be summed over
+        them in every tile.
     """
     example = (jax.ShapeDtypeStruct((), dtype), *[jax.ShapeDtypeStruct((), jnp.int32)] * 3)
-    traced, out = jax.make_jaxpr(score, return_shape=True)(*example)
+    checked = lambda *pair: score(*pair)  # noqa: E731 - a new function, which JAX has not traced for another N
+    with scores.for_heads(num_heads):
+        traced, out = jax.make_jaxpr(checked, return_shape=True)(*example)
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.number):
         raise ValueError(
             "kernels: score must give one number for (score, head, q_position, k_position), which are single numbers, "

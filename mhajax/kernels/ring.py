@@ -2,7 +2,7 @@
 
 Every device holds a run of the queries and a run of the keys. It attends to the keys that it holds, hands them to its
 neighbour, and after as many steps as there are devices it has seen them all. The parts are put together by their
-log-sum-exp:
+log-sum-exp (in two parts each, see `log_sum_exp`):
 
     out = Σ_i exp(lse_i - lse) out_i,    lse = log Σ_i exp(lse_i)
 
@@ -26,6 +26,7 @@ from jax import Array
 
 from mhajax.kernels import blockwise, dense, finite, guard
 from mhajax.kernels.choice import Request, choose
+from mhajax.kernels.log_sum_exp import LogSumExp, merge, share
 from mhajax.kernels.pairs import hoist
 from mhajax.masks import Mask, Tokens
 
@@ -95,25 +96,27 @@ def attend(
       [..., N, T, Hv] in the dtype of v, and the log-sum-exp [..., N, T] (-inf where nothing may be attended to).
 
     Raises:
-      ValueError: if the kernel is another. If a score function does not give one number.
+      ValueError: if the kernel is another. If a score function does not give one number, or holds something for another
+        number of heads than this device has.
     """
     if kernel not in ("auto", "dense", "blockwise"):
         raise ValueError(f"kernels.ring: kernel must be auto, dense or blockwise, got {kernel!r}.")
     constants: tuple[Array, ...] = ()
     if score is not None:
-        score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32))
+        score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32), q.shape[-3])
     q, scale = dense.scaled(q, scale)
     queries = _tokens(axis_name, q.shape[-2], queries)
     keys = _tokens(axis_name, k.shape[-2], keys)
     static = _Static(axis_name, kernel, scale, score)
     whole: Any = lambda operands: _attend(static, operands, _Context(mask, queries, keys))  # noqa: E731
     if mask is None:
-        return whole(_Operands(q, k, v, constants))
+        heads, log_sums = whole(_Operands(q, k, v, constants))
+        return heads, log_sums.whole
     q, k, v, spoilt = finite.heal(q, k, v)
     heads, log_sums = whole(_Operands(q, k, v, constants))
     rows = _reached(axis_name, spoilt, mask, queries, keys)
     heads, captured = finite.mark(heads, {"log_sum_exp": log_sums}, rows, spoilt, mask, None, queries, keys)
-    return heads, captured["log_sum_exp"]
+    return heads, captured["log_sum_exp"].whole
 
 
 def _tokens(axis_name: str, size: int, given: Tokens | None) -> Tokens:
@@ -141,7 +144,7 @@ def _around(axis_name: str, body: Callable, travelling: Any, state: Any) -> tupl
 
 def _part(
     static: _Static, mask: Mask | None, queries: Tokens, keys: Tokens, operands: _Operands
-) -> tuple[Array, Array]:
+) -> tuple[Array, LogSumExp]:
     """Attention to the keys that are here."""
     q, k, v, constants = operands
     request = Request(
@@ -166,13 +169,8 @@ def _where_seen(mask: Mask | None, queries: Tokens, keys: Tokens, function: Call
     return jax.lax.cond(some, function, lambda: otherwise)
 
 
-def _shares(log_sum: Array, whole: Array) -> Array:
-    """exp(lse_i - lse), 0 where nothing is visible."""
-    return jnp.exp(log_sum - jnp.where(whole == -jnp.inf, 0, whole))
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: _Static, operands: _Operands, context: _Context) -> tuple[Array, Array]:
+def _attend(static: _Static, operands: _Operands, context: _Context) -> tuple[Array, LogSumExp]:
     return _forward(static, operands, context)[0]
 
 
@@ -180,15 +178,16 @@ def _forward(static: _Static, operands: _Operands, context: _Context) -> tuple:
     q, k, v, constants = operands
     mask, queries, keys = context
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    nothing = jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype), jnp.full(q.shape[:-1], -jnp.inf, wide)
+    nobody = LogSumExp(jnp.zeros(q.shape[:-1], wide), jnp.full(q.shape[:-1], -jnp.inf, wide))
+    nothing = jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype), nobody
 
     def stop(travelling: tuple, state: tuple) -> tuple[tuple, tuple]:
         k, v, keys = travelling
         here = lambda: _part(static, mask, queries, keys, _Operands(q, k, v, constants))  # noqa: E731
         part, log_sum = _where_seen(mask, queries, keys, here, nothing)
         out, before = state
-        whole = jnp.logaddexp(before, log_sum)
-        out = out * _shares(before, whole)[..., None] + part * _shares(log_sum, whole)[..., None]
+        whole = merge(before, log_sum)
+        out = out * share(before, whole)[..., None] + part * share(log_sum, whole)[..., None]
         return travelling, (out, whole)
 
     _, (out, log_sums) = _around(static.axis_name, stop, (k, v, keys), (nothing[0].astype(wide), nothing[1]))
@@ -200,7 +199,7 @@ def _backward(static: _Static, saved: tuple, cotangents: tuple) -> tuple:
     """Every part's own gradient, from what the whole owes to its output and to its log-sum-exp."""
     operands, (mask, queries, keys), out, log_sums = saved
     q, k, v, constants = operands
-    wide = log_sums.dtype
+    wide = log_sums.log_total.dtype
     out, d_out = out.astype(wide), cotangents[0].astype(wide)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide), operands)
 
@@ -210,11 +209,11 @@ def _backward(static: _Static, saved: tuple, cotangents: tuple) -> tuple:
         def here() -> _Operands:
             compute = partial(_part, static, mask, queries, keys)
             (part, log_sum), pull = jax.vjp(compute, _Operands(q, k, v, constants))
-            share = _shares(log_sum, log_sums)
-            owed = jnp.sum(d_out * (part - out), axis=-1) + cotangents[1]
-            return jax.tree.map(
-                lambda a: a.astype(wide), pull(((d_out * share[..., None]).astype(part.dtype), share * owed))[0]
-            )
+            of_part = share(log_sum, log_sums)
+            owed = jnp.sum(d_out * (part - out), axis=-1) + cotangents[1].log_total
+            d_log_sum = LogSumExp(jnp.zeros_like(log_sum.top), of_part * owed)
+            d_part = (d_out * of_part[..., None]).astype(part.dtype)
+            return jax.tree.map(lambda a: a.astype(wide), pull((d_part, d_log_sum))[0])
 
         d = _where_seen(mask, queries, keys, here, zeros)
         d_q, d_constants = jax.tree.map(jnp.add, state, (d.q, d.constants))

@@ -17,6 +17,7 @@ from jax import Array
 
 from mhajax.interventions import Patch
 from mhajax.kernels import finite, patches
+from mhajax.kernels.log_sum_exp import LogSumExp
 from mhajax.masks import Mask, Tokens
 from mhajax.masks.static import longer
 
@@ -114,7 +115,7 @@ class Asking(NamedTuple):
     bias: Array | None  # [..., S or 1]
     logits: tuple[Array, Array] | None  # value and amount of the patch, [..., S or 1]
     weights: tuple[Array, Array] | None
-    log_sums: Array | None  # [..., 1]
+    log_sums: LogSumExp | None  # [..., 1]
     spoilt: Array | None  # [..., 1]
     real: Array | None  # [..., 1]
 
@@ -129,7 +130,7 @@ class Answering(NamedTuple):
 
 
 def lay_out(
-    q: Array, k: Array, v: Array, given: Given, asked: Asked, log_sums: Array | None, real: Array | None
+    q: Array, k: Array, v: Array, given: Given, asked: Asked, log_sums: LogSumExp | None, real: Array | None
 ) -> tuple[Asking, Answering, Given]:
     """What is given, of the heads and rows that are asked for; what is left of it is looked at block by block."""
     group = q.shape[-3] // k.shape[-3]
@@ -146,7 +147,7 @@ def lay_out(
         bias=None if given.bias is None else asked.of_rows(given.bias),
         logits=_patch(given.logits, asked),
         weights=_patch(given.weights, asked),
-        log_sums=None if log_sums is None else asked.of_rows(log_sums[..., None]),
+        log_sums=jax.tree.map(lambda a: asked.of_rows(a[..., None]), log_sums),
         spoilt=None if spoilt is None else spoilt.queries[..., None],
         real=None if real is None else asked.of_rows(jnp.expand_dims(real, (-3, -1))),
     )

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import dropout, precision
-from mhajax.kernels import pairs, patches, row_layout
+from mhajax.kernels import finite, pairs, patches, row_layout
+from mhajax.kernels.log_sum_exp import LogSumExp
 from mhajax.kernels.loops import accumulate, times
 from mhajax.kernels.row_layout import Answering, Asked, Asking, First, Given
 
 
-def attend(q: Array, k: Array, v: Array, given: Given) -> tuple[Array, Array]:
+def attend(q: Array, k: Array, v: Array, given: Given) -> tuple[Array, LogSumExp]:
     """The heads' outputs [..., N, T, Hv] in the dtype of v, and the log-sum-exp [..., N, T], with the patches."""
-    found = look(q, k, v, given, names=("heads", "log_sum_exp"))
+    found: dict[str, Any] = look(q, k, v, given, names=("heads", "log_sum_exp"))
     return found["heads"].astype(v.dtype), found["log_sum_exp"]
 
 
@@ -38,9 +39,9 @@ def look(
     names: Sequence[str],
     heads: Sequence[int] | None = None,
     rows: Sequence[int] | None = None,
-    log_sums: Array | None = None,
+    log_sums: LogSumExp | None = None,
     real: Array | None = None,
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """What some heads and some queries compute.
 
     Args:
@@ -48,8 +49,8 @@ def look(
       k: [..., K, S, H].
       v: [..., K, S, Hv].
       given: the rest.
-      names: "logits", "weights" [..., n, r, S], "entropy", "log_sum_exp" [..., n, r], "column_sums" [..., n, S],
-        "heads" [..., n, r, Hv] (with the dropout; of all rows).
+      names: "logits", "weights" [..., n, r, S], "entropy" [..., n, r], "column_sums" [..., n, S], "heads"
+        [..., n, r, Hv] (with the dropout; of all rows), "log_sum_exp", a `LogSumExp` [..., n, r].
       heads, rows: as in `interventions.Capture`.
       log_sums: [..., N, T], if the attention was computed already.
       real: bool [..., T], queries that count in "column_sums".
@@ -65,11 +66,11 @@ def look(
     if in_examples * in_heads * in_rows > 1:
         of_block = jax.checkpoint(of_block, prevent_cse=False)
 
-    def some_heads(index: Array) -> tuple[Array | None, dict[str, Array]]:
+    def some_heads(index: Array) -> tuple[Array | None, dict[str, Any]]:
         """Of a block of examples and heads: what is summed over the rows, and what is not."""
         example, head = index // in_heads * examples, index % in_heads * of_heads
 
-        def some_rows(total: Array | None, row: Array) -> tuple[Array | None, dict[str, Array]]:
+        def some_rows(total: Array | None, row: Array) -> tuple[Array | None, dict[str, Any]]:
             found = of_block((example, head, row * of_rows))
             return None if total is None else total + found.pop("column_sums"), found
 
@@ -79,16 +80,16 @@ def look(
     totals, found = times(some_heads, in_examples * in_heads)
     *items, size = asked.sizes
     joined = lambda a: a.reshape(*items, in_rows * of_rows, *a.shape[5:])[:, :, :size]  # noqa: E731
-    found = {name: joined(array) for name, array in found.items()}
+    found = jax.tree.map(joined, found)
     if totals is not None:
         found["column_sums"] = totals.reshape(*items, k.shape[-2])
-    return {name: array.reshape(*leading, *array.shape[1:]) for name, array in found.items()}
+    return jax.tree.map(lambda a: a.reshape(*leading, *a.shape[1:]), found)
 
 
 def _of_block(
     first: First, *, asking: Asking, answering: Answering, names: Sequence[str], given: Given, asked: Asked,
     words: Array | None,
-) -> dict[str, Array]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """What the heads and rows of one block compute."""
     asking = jax.tree.map(lambda a: row_layout.cut(a, first, asked.block), asking)
     answering = jax.tree.map(lambda a: row_layout.cut(a, first[:2], asked.block[:2]), answering)
@@ -102,18 +103,19 @@ def _of_block(
         weights, log_sums = _softmax(logits)
     else:
         log_sums = asking.log_sums
-        bad_rows = jnp.isnan(log_sums)
-        weights = jnp.exp(logits - _finite(log_sums))
+        bad_rows = jnp.isnan(log_sums.log_total)
+        log_sums = log_sums._replace(log_total=jnp.where(bad_rows, 0, log_sums.log_total))
+        weights = jnp.exp(_log_weights(logits, log_sums))
     if asking.weights is not None:
         value, amount = asking.weights
         weights = patches.mixed(weights, value if allowed is None else jnp.where(allowed, value, 0), amount)
-    mark = lambda array, where: array if where is None else array + jnp.where(where, jnp.nan, 0)  # noqa: E731
+    mark = lambda array, where: array if where is None else finite.nan_where(where, array)  # noqa: E731
 
     def entropy() -> Array:
         if asking.weights is not None:
             logs = jnp.log(jnp.where(weights > 0, weights, 1))
         else:  # the logarithm of a weight is there already
-            logs = jnp.where(logits == -jnp.inf, 0, logits - _finite(log_sums))
+            logs = jnp.where(logits == -jnp.inf, 0, _log_weights(logits, log_sums))
         return -jnp.sum(weights * logs, axis=-1, keepdims=True)
 
     def output() -> Array:
@@ -131,12 +133,12 @@ def _of_block(
     ways = {
         "logits": lambda: mark(logits, bad),
         "weights": lambda: mark(weights, bad_rows),
-        "log_sum_exp": lambda: mark(log_sums, bad_rows)[..., 0],
+        "log_sum_exp": lambda: LogSumExp(log_sums.top[..., 0], mark(log_sums.log_total, bad_rows)[..., 0]),
         "entropy": lambda: mark(entropy(), bad_rows)[..., 0],
         "heads": lambda: mark(output(), bad_rows),
         "column_sums": received,
     }
-    return {name: ways[name]().astype(_wide(asking.q)) for name in names}
+    return {name: jax.tree.map(lambda a: a.astype(_wide(asking.q)), ways[name]()) for name in names}
 
 
 def _logits(
@@ -172,20 +174,20 @@ def _scored(
     return jax.vmap(one_example, in_axes=(0, None, 0, 0))(logits, heads, mine, theirs)
 
 
-def _softmax(logits: Array) -> tuple[Array, Array]:
-    """Weights [b, n, t, S], and the logarithm of what they are divided by, [b, n, t, 1]; 0 and -inf of no keys."""
+def _softmax(logits: Array) -> tuple[Array, LogSumExp]:
+    """Weights [b, n, t, S], and the log-sum-exp of the logits, [b, n, t, 1]."""
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     top = jnp.where(top == -jnp.inf, 0, top)
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     nothing = total == 0
     total = jnp.where(nothing, 1, total)
-    return weights / total, jnp.where(nothing, -jnp.inf, top + jnp.log(total))
+    return weights / total, LogSumExp(top, jnp.where(nothing, -jnp.inf, jnp.log(total)))
 
 
-def _finite(log_sums: Array) -> Array:
-    """With 0 for those of queries that see nothing, or what is not finite."""
-    return jnp.where(jnp.isfinite(log_sums), log_sums, 0)
+def _log_weights(logits: Array, log_sums: LogSumExp) -> Array:
+    """Logarithms of the weights; -inf where a pair may not attend."""
+    return (logits - log_sums.top) - jnp.where(log_sums.log_total == -jnp.inf, 0, log_sums.log_total)
 
 
 def _counter(first: First, asked: Asked) -> Array:

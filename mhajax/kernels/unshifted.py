@@ -22,6 +22,7 @@ from mhajax import precision
 from mhajax.kernels import finite, walk
 from mhajax.kernels.finite import Lengths
 from mhajax.kernels.grid import Context, Operands, Static
+from mhajax.kernels.log_sum_exp import LogSumExp
 from mhajax.kernels.loops import times
 from mhajax.kernels.walk import Tile
 
@@ -38,7 +39,7 @@ def suits(static: Static, operands: Operands, lengths: Lengths) -> Array:
     return jnp.all((largest < LARGEST) & (of_sums < _EXPONENT))
 
 
-def forward(static: Static, operands: Operands, context: Context) -> tuple[Array, Array]:
+def forward(static: Static, operands: Operands, context: Context) -> tuple[Array, LogSumExp]:
     """[B·N, T, Hv] and log-sum-exp [B·N, T], both wide, as `blockwise` has them; for logits that are small."""
     items, rows, columns = static.tiling
     wide = jnp.promote_types(operands.q.dtype, jnp.float32)
@@ -78,4 +79,4 @@ def forward(static: Static, operands: Operands, context: Context) -> tuple[Array
 
     chunks = times(one_chunk, operands.q.shape[0] // items)
     out, log_sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), chunks)
-    return out, log_sums
+    return out, LogSumExp(jnp.zeros_like(log_sums), log_sums)
