@@ -33,6 +33,7 @@ class Config(transformer.Config):
     def __post_init__(self):
         transformer.Config.__post_init__(self)
         embedding.check_kind(self.positions)
+        embedding.check_width(self.positions, self.width)
 
 
 class Params(NamedTuple):

@@ -47,6 +47,7 @@ class Config(block.Config):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         embedding.check_kind(self.positions)
+        embedding.check_width(self.positions, self.width)
 
     def stack(self, num_layers: int) -> transformer.Config:
         """One of the two stacks."""
