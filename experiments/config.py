@@ -184,10 +184,10 @@ def _check_numbers(part: Any, where: str, table: str) -> None:
     """Refuse a whole number that a compiled program cannot count with."""
     for field_ in dataclasses.fields(part):
         value, key = getattr(part, field_.name), f"{table}{field_.name}"
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             _check_numbers(value, where, f"{key}.")
         for number in value if isinstance(value, tuple) else (value,):
-            if type(number) is int and not -LARGEST - 1 <= number <= LARGEST:
+            if isinstance(number, int) and not -LARGEST - 1 <= number <= LARGEST:
                 raise ConfigError(
                     f"{where}: {key} must be between {-LARGEST - 1:,} and {LARGEST:,}, got {toml.show(number)}."
                 )
