@@ -87,6 +87,8 @@ def opened(folder: Path) -> Iterator[None]:
     Raises:
       UserError: another process works on it, or it cannot be made or written, now or later.
     """
+    if "\0" in str(folder):
+        raise UserError(f"{str(folder)!r}: the name of a folder cannot have a NUL character.")
     made: list[Path] = []
     with _told(folder):
         for path in (folder, *folder.parents):
@@ -157,10 +159,6 @@ def _told(folder: Path) -> Iterator[None]:
             f"{where}: cannot be written or read: {error.strerror}. The run folder is {folder}; what it holds is kept. "
             "Make room, check the permissions, or give another place with --runs FOLDER."
         ) from error
-    except ValueError as error:
-        if "null byte" not in str(error):
-            raise
-        raise UserError(f"{str(folder)!r}: the name of a folder cannot have a NUL character.") from None
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:
@@ -180,7 +178,7 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a last line cut off by a kill is not one. None if there is no file.
+    """The whole lines of metrics.jsonl; a last line cut off by a kill is not one. None without a file.
 
     Raises:
       DataError: a line is not an object with a step and numbers; it names the file and the line.

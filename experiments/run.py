@@ -273,11 +273,11 @@ def trained(config: configs.Experiment, folder: Path) -> tuple[Task, Any]:
 
 
 def _timing_of(folder: Path) -> dict[str, float] | None:
-    """How long a finished run took; looking at it again does not change that. None if the result is damaged."""
+    """How long a finished run took; looking at it again does not change that. None if the result is damaged or gone."""
     try:
         result = folders.read_json(folder / RESULT, "seconds", "tokens_per_second")
         return {name: float(result[name]) for name in ("seconds", "tokens_per_second")}
-    except (DataError, TypeError, ValueError):
+    except (DataError, OSError, TypeError, ValueError):
         return None
 
 

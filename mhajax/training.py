@@ -93,7 +93,7 @@ class Config:
                 )
         if self.seed + self.seeds > 2**31:
             raise ValueError(
-                f"seed + seeds must be at most 2,147,483,648 (a seed is an int32), got seed={self.seed} and "
+                f"seed + seeds - 1 must be at most 2,147,483,647 (a seed is an int32), got seed={self.seed} and "
                 f"seeds={self.seeds}."
             )
         if self.learning_rate <= 0:

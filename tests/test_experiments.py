@@ -399,7 +399,7 @@ BAD = {
         ["test_source", "test_target", "together"],
     ),
     "missing files": (['data={kind="files", train_source="a.txt", train_target="b.txt"}'], ["a.txt"]),
-    "seed beyond int32": (["training.seed=3000000000"], ["training.seed", "2,147,483,647", "3000000000"]),
+    "seed beyond int32": (["training.seed=3000000000"], ["[training]", "2,147,483,647", "3000000000"]),
     "seeds beyond int32": (["training.seed=2147483647", "training.seeds=2"], ["[training]", "seed + seeds"]),
     "steps beyond int32": (["training.steps=4000000000"], ["steps", "4000000000"]),
     "accumulate beyond int32": (["training.accumulate=2147483648"], ["accumulate", "2147483648"]),
