@@ -18,6 +18,8 @@ _TYPES = {bool: "boolean", int: "integer", float: "float", str: "string", list: 
 
 
 def load(path: Path) -> dict:
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r}: the name of a file cannot have a NUL character.")
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

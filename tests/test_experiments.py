@@ -199,29 +199,6 @@ def test_going_on_with_what_does_not_fit_is_refused_and_leaves_nothing(finished,
     assert everything(run.parent) == before
 
 
-def test_a_run_continued_for_longer_is_a_run_of_its_own(finished, tmp_path):
-    _, run, config = finished
-    copy = shutil.copytree(run, tmp_path / run.name)
-    times = json.loads((copy / "times.json").read_text())
-    times[-1]["seconds"] += 1000  # which no run of this test takes
-    (copy / "times.json").write_text(json.dumps(times))
-    before = everything(copy)
-    status, _, err = call(copy, "training.steps=14", "--json")
-    assert status == 0 and "going on after batch 12 of 14" in err, err
-    (longer,) = tmp_path.glob(f"{run.name}+*")
-    result = json.loads((longer / "result.json").read_text())
-    assert result["steps"] == 14 and result["seconds"] > 1000
-    assert (result["continued_from"]["run"], result["continued_from"]["step"]) == (run.name, 12)
-    lines = [json.loads(line) for line in (longer / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 15))
-    assert everything(copy) == before  # nothing of what was finished changes
-    status, out, err = call(copy, "training.steps=14", "--json")  # the same command finds the same run
-    assert status == 0 and "already trained: 14" in err
-    assert json.loads(out) == result
-    status, out, err = call(config, "--runs", tmp_path, "--json")  # the first command: the result of its own config
-    assert status == 0 and json.loads(out)["steps"] == 12 and "continued_from" not in json.loads(out)
-
-
 def test_a_config_that_was_edited_in_the_run_folder_is_refused(finished, tmp_path):
     copy = shutil.copytree(finished[1], tmp_path / "copy")
     text = (copy / "config.toml").read_text()
@@ -280,6 +257,28 @@ def test_a_language_model_writes(text_run):
     assert status == 0 and out.startswith("rose") and len(out) == len("rose") + 5 + 1
     again = call("sample", run, "--prompt", "rose", "--tokens", "5")[1]
     assert again == out
+
+
+def test_a_run_continued_for_longer_is_a_run_of_its_own(text_run, tmp_path):
+    _, run = text_run
+    copy = shutil.copytree(run, tmp_path / run.name)
+    times = json.loads((copy / "times.json").read_text())
+    times[-1]["seconds"] += 1000  # which no run of this test takes
+    (copy / "times.json").write_text(json.dumps(times))
+    before = everything(copy)
+    status, _, err = call(copy, "training.steps=10", "--json")
+    assert status == 0 and "going on after batch 8 of 10" in err, err
+    (longer,) = tmp_path.glob(f"{run.name}+*")
+    result = json.loads((longer / "result.json").read_text())
+    assert result["steps"] == 10 and result["seconds"] > 1000
+    assert (result["continued_from"]["run"], result["continued_from"]["step"]) == (run.name, 8)
+    lines = [json.loads(line) for line in (longer / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    assert everything(copy) == before  # nothing of what was finished changes
+    from experiments import run as running
+
+    assert running.load(str(copy), ["training.steps=10"], "")[1] == longer  # the same command finds the same run
+    assert running.load(str(copy), ["training.steps=8"], "")[1] == copy  # and what changes nothing the first
 
 
 def test_any_pair_of_files_trains_a_translator(tmp_path):
