@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from experiments import schema
+from experiments import schema, toml
 from experiments.data import corpora, vocabulary
+from experiments.errors import ConfigError
 from mhajax import language_model, training, translator
 
 
@@ -60,6 +62,9 @@ class Decoding:
         for name in ("beams", "batch", "validation_sentences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, most in (("beams", 1_000), ("batch", 1_000_000)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {getattr(self, name):,}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +140,8 @@ class Sampling:
             raise ValueError('prompt must not be empty; a line break is written "\\n".')
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}.")
+        if self.tokens > 1_000_000:
+            raise ValueError(f"tokens must be at most 1,000,000, got {self.tokens:,}.")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
@@ -158,6 +165,7 @@ class LanguageModelling:
 
 
 Experiment = Translation | LanguageModelling
+LARGEST = 2**31 - 1  # what an int32 holds, and every number here becomes one somewhere
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -166,4 +174,34 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
       ConfigError: the file cannot be read, is not TOML, or does not fit the experiment that its `kind` names.
     """
-    return schema.read(path, Experiment, overrides)
+    config = schema.read(path, Experiment, overrides)
+    _check_numbers(config, str(path), "")
+    _check_paths(config.data, str(path))
+    return config
+
+
+def _check_numbers(part: Any, where: str, table: str) -> None:
+    """Refuse a whole number that a compiled program cannot count with."""
+    for field_ in dataclasses.fields(part):
+        value, key = getattr(part, field_.name), f"{table}{field_.name}"
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            _check_numbers(value, where, f"{key}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not -LARGEST - 1 <= number <= LARGEST:
+                raise ConfigError(
+                    f"{where}: {key} must be between {-LARGEST - 1:,} and {LARGEST:,}, got {toml.show(number)}."
+                )
+
+
+def _check_paths(data: Any, where: str) -> None:
+    """Refuse text in [data] that can be no path."""
+    for field_ in dataclasses.fields(data):
+        value = getattr(data, field_.name)
+        if isinstance(value, str):
+            names = value.encode("utf-8", "surrogatepass")
+            if b"\0" in names:
+                raise ConfigError(f"{where}: data.{field_.name} must be a path without a NUL character, "
+                                  f"got {toml.show(value)}.")  # fmt: skip
+            if len(names) > 4000 or any(len(name) > 255 for name in names.split(b"/")):
+                raise ConfigError(f"{where}: data.{field_.name} must be a path of at most 4,000 bytes whose every name "
+                                  f"has at most 255, got {toml.show(value)} of {len(names):,}.")  # fmt: skip

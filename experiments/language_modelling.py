@@ -20,9 +20,10 @@ from experiments.config import LanguageModelling, Sampling
 from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import Vocabulary
 from experiments.errors import ConfigError
+from experiments.folder import VOCABULARY
 from experiments.heads import examined
 from experiments.task import Task, seeds_of
-from experiments.translation import VOCABULARY, mean_and_spread
+from experiments.translation import mean_and_spread
 from mhajax import decoding, language_model, linen, losses
 
 
@@ -72,6 +73,7 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
             f"{len(train):,} tokens to train on, {len(validation):,} to validate on, {words.size:,} entries in the "
             f"vocabulary; {config.batches.size * config.batches.length:,} tokens a batch",
         ),
+        examples=stream.examples,
     )
 
 

@@ -11,11 +11,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments import folder as folders
 from experiments.errors import UserError
 from experiments.task import Task
 from mhajax import training
-
-TIMES = "times.json"
 
 
 class Display:
@@ -90,7 +89,7 @@ class Times:
     """Seconds and tokens of a run, added up over all the processes that worked on it."""
 
     def __init__(self, folder: Path):
-        self._file = folder / TIMES
+        self._file = folder / folders.TIMES
         self._began = time.monotonic()
         self._before = {"seconds": 0.0, "training_seconds": 0.0, "tokens": 0}
         self._training_began: float | None = None
@@ -99,8 +98,7 @@ class Times:
 
     def start(self, done: int) -> None:
         """Training begins after `done` batches; what earlier processes did beyond them is lost work."""
-        saved = json.loads(self._file.read_text()) if self._file.is_file() else []
-        kept = [entry for entry in saved if entry["step"] <= done]
+        kept = [entry for entry in folders.times(self._file) if entry["step"] <= done]
         self._before |= kept[-1] if kept else {}
         self._saved = kept
         self._training_began = time.monotonic()
@@ -115,7 +113,7 @@ class Times:
     def save(self, step: int) -> None:
         """Keep the sums as they are after this batch."""
         self._saved = [*self._saved[-200:], {"step": step, **self._sums()}]
-        write(self._file, json.dumps(self._saved))
+        folders.write(self._file, json.dumps(self._saved))
 
     def tokens_per_second(self) -> float:
         """Real target tokens per second of training (this process), compilation included, evaluation not."""
@@ -149,11 +147,3 @@ class _Pause:
 
     def __exit__(self, *_: Any) -> None:
         self._times.add_pause(time.monotonic() - self._began)
-
-
-def write(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(content, encoding="utf-8")
-    part.replace(path)

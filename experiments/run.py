@@ -1,25 +1,13 @@
-"""The run folder, and the way from a config to a result in it. This is the one place where results are written.
-
-runs/grammar-1a2b3c4d/
-  config.toml         every value, defaults spelled out
-  environment.json    versions of packages, hashes of the data, the machine
-  metrics.jsonl       a line a batch (loss, gradient norm, …) and a line an evaluation
-  checkpoints/        latest state, best parameters
-  vocabulary.json     the tokenizer
-  figures/            pictures, each as SVG, PDF and PNG with its CSV
-  report.html         what the heads do (if it was asked for); heads.json has its numbers
-  result.json         written last: a run with a result is finished
-"""
+"""The way from a config to a result in a run folder. This is the one place where results are written."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +16,15 @@ import numpy as np
 from rich.console import Console
 
 from experiments import config as configs
+from experiments import folder as folders
 from experiments import language_modelling, schema, translation
 from experiments.errors import ConfigError, DataError, UserError
-from experiments.progress import Board, Display, Times, write
+from experiments.folder import CHECKPOINTS, CONFIG, ENVIRONMENT, HEADS, METRICS, ORIGIN, REPORT, RESULT, write
+from experiments.progress import Board, Display, Times
 from experiments.task import Task, seeds_of
 from mhajax import training
+from mhajax.checkpoints import Checkpoints, Damaged
 
-CONFIG, ENVIRONMENT, METRICS = "config.toml", "environment.json", "metrics.jsonl"
-RESULT = "result.json"
-HEADS, REPORT = "heads.json", "report.html"
 _PACKAGES = ("mhajax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "sacrebleu")
 
 
@@ -47,25 +35,39 @@ def load(path: str, overrides: list[str], runs: str) -> tuple[configs.Experiment
       path: a config file, or the folder of an earlier run.
       overrides: TOML lines such as `model.num_heads=8`.
       runs: where run folders are made. A run's folder is named after its config file and a hash of every value in it,
-        so the same command always finds the same folder.
+        so the same command always finds the same folder. An earlier run continued with other values has a folder of
+        its own beside that run's, which stays as it is.
     """
     folder = Path(path)
-    if (folder / CONFIG).is_file():
-        return configs.read(folder / CONFIG, overrides), folder
-    if folder.is_dir():
+    if _is_run(folder):
+        own = load_run(folder)[0]
+        config = configs.read(folder / CONFIG, overrides)
+        return config, folder if config == own else folders.continued(folder, schema.to_toml(config))
+    if _is_folder(folder):
         raise ConfigError(f"{folder}: expected a config file or the folder of a run, got a folder without {CONFIG}.")
     config = configs.read(folder, overrides)
-    digest = hashlib.sha256(schema.to_toml(config).encode()).hexdigest()[:8]
-    return config, Path(runs) / f"{folder.stem}-{digest}"
+    return config, Path(runs) / folders.name(folder.stem, schema.to_toml(config))
 
 
 def load_run(path: str | Path) -> tuple[configs.Experiment, Path]:
     """The config and the folder of an earlier run."""
     folder = Path(path)
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: expected the folder of a run, got {'one' if folder.is_dir() else 'no folder'} "
+    if not _is_run(folder):
+        raise UserError(f"{folder}: expected the folder of a run, got {'one' if _is_folder(folder) else 'no folder'} "
                         f"without {CONFIG}.")  # fmt: skip
+    folders.check(folder)
     return configs.read(folder / CONFIG), folder
+
+
+def _is_run(folder: Path) -> bool:
+    return _is_folder(folder) and (folder / CONFIG).is_file()
+
+
+def _is_folder(folder: Path) -> bool:
+    try:
+        return folder.is_dir()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return False
 
 
 def prepare(config: configs.Experiment, folder: Path) -> Task:
@@ -88,32 +90,38 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
     Returns:
       What stands in result.json.
     """
+    with folders.opened(folder):
+        return _run(config, folder, console, tensorboard)
+
+
+def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard: bool) -> dict[str, Any]:
     times = Times(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _same_vocabulary(folder, config)
+    origin = _begin(config, folder)
     task = prepare(config, folder)
     _same_data(folder, task)
     state, checkpoints = _latest(config.training, task, folder)
-    write(folder / CONFIG, schema.to_toml(config))  # not before it is known to fit what the folder holds
-    write(folder / ENVIRONMENT, json.dumps(_environment(task), indent=2) + "\n")
+    if origin is not None and not (folder / CONFIG).is_file():
+        write(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
+    if not (folder / CONFIG).is_file():  # not before it is known to fit what the folder holds
+        write(folder / CONFIG, schema.to_toml(config))
+    write(folder / ENVIRONMENT, json.dumps(_environment(task, folder), indent=2) + "\n")
     for note in task.notes:
         console.print(note, style="dim", highlight=False, soft_wrap=True)
     finished = (folder / RESULT).is_file() and int(state.step) >= config.training.steps
     with Board(folder if tensorboard else None) as board:
         state = _train(config.training, task, state, checkpoints, folder, console, times, board)
     console.print()
-    best = checkpoints.best_score()
-    params = state.evaluated if best is None else checkpoints.best(state.evaluated)
-    checkpoints.close()
+    params, best_step = _chosen(checkpoints, state)
     result = {"kind": config.kind, **task.report(params, folder, console)}
     result |= {
         "parameters": sum(a.size for a in jax.tree.leaves(params)) // config.training.seeds,
         "seeds": config.training.seeds,
         "steps": config.training.steps,
-        "best_step": config.training.steps if best is None else int(best["step"]),
-        **(_timing_of(folder) if finished else times.summary()),
+        "best_step": best_step,
+        **({} if origin is None else {"continued_from": origin}),
+        **((_timing_of(folder) if finished else None) or times.summary()),
     }
-    _curve(folder, config)
+    _curve(folder, config, console)
     if config.heads.report:
         _report_heads(config, folder, task, params, console)
     write(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -123,6 +131,55 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return result
+
+
+def _begin(config: configs.Experiment, folder: Path) -> dict[str, Any] | None:
+    """What must be so before anything is done in a folder; where the run goes on from, if it is a continued one."""
+    if (folder / CONFIG).is_file():
+        if load_run(folder)[0] != config:
+            raise ConfigError(
+                f"{folder}: this is the run of another config. To go on from it with other values: python -m "
+                f"experiments {folder} key=value"
+            )
+        return folders.read_json(folder / ORIGIN, "run", "step") if (folder / ORIGIN).is_file() else None
+    source = folders.source_of(folder)
+    if source is None:
+        return None
+    own, _ = load_run(source)
+    if own.vocabulary != config.vocabulary:
+        raise ConfigError(
+            f"[vocabulary] of a run cannot change: {source} was made with kind={own.vocabulary.kind!r}, "
+            f"size={own.vocabulary.size}, got kind={config.vocabulary.kind!r}, size={config.vocabulary.size}; start a "
+            "new run from the config file."
+        )
+    folders.copy(source, folder)
+    step = _asked(Checkpoints(folder / CHECKPOINTS).latest_step)
+    if step is None:
+        raise ConfigError(f"{source}: nothing is trained here yet, so there is nothing to go on from with other "
+                          "values; start from the config file with them.")  # fmt: skip
+    if step > config.training.steps:
+        raise ConfigError(f"training.steps={config.training.steps} is less than the {step} batches that {source} has "
+                          "seen; start a shorter run from the config file.")  # fmt: skip
+    before = {"origin": folders.read_json(source / ORIGIN)} if (source / ORIGIN).is_file() else {}
+    return {"run": source.name, "step": step, "config_sha256": folders.digest(schema.to_toml(own)), **before}
+
+
+def _asked(question: Callable[..., Any], *arguments: Any) -> Any:
+    """What checkpoints answer; their refusals as mistakes told without a traceback."""
+    try:
+        return question(*arguments)
+    except Damaged as error:
+        raise DataError(str(error)) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _chosen(checkpoints: Checkpoints, state: training.State) -> tuple[Any, int]:
+    """The best parameters, or the last where no evaluation found any, and their step."""
+    best = _asked(checkpoints.best_score)
+    if best is None:
+        return state.evaluated, int(state.step)
+    return _asked(checkpoints.best, state.evaluated), int(best["step"])
 
 
 def translate(path: str | Path, sentences: Sequence[str], *, beams: int | None = None) -> list[str]:
@@ -209,41 +266,40 @@ def trained(config: configs.Experiment, folder: Path) -> tuple[Task, Any]:
       UserError: if nothing was trained in this folder yet.
     """
     task = prepare(config, folder)
-    checkpoints = training.Checkpoints(folder / "checkpoints")
-    like = _new_state(config.training, task)
-    if checkpoints.latest_step() is None:
+    state, checkpoints = _latest(config.training, task, folder)
+    if int(state.step) == 0:
         raise UserError(f"{folder}: nothing is trained here yet; python -m experiments {folder} trains it.")
-    params = checkpoints.restore(like).evaluated if checkpoints.best_score() is None else checkpoints.best(
-        like.evaluated
-    )  # fmt: skip
-    checkpoints.close()
-    return task, params
+    return task, _chosen(checkpoints, state)[0]
 
 
-def _timing_of(folder: Path) -> dict[str, float]:
-    """How long a finished run took; looking at it again does not change that."""
-    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    return {name: result[name] for name in ("seconds", "tokens_per_second")}
+def _timing_of(folder: Path) -> dict[str, float] | None:
+    """How long a finished run took; looking at it again does not change that. None if the result is damaged or gone."""
+    try:
+        result = folders.read_json(folder / RESULT, "seconds", "tokens_per_second")
+        return {name: float(result[name]) for name in ("seconds", "tokens_per_second")}
+    except (DataError, OSError, TypeError, ValueError):
+        return None
 
 
 def _new_state(config: training.Config, task: Task) -> training.State:
     return training.init(task.init_params, training.optimizer(config), config)
 
 
-def _latest(config: training.Config, task: Task, folder: Path) -> tuple[training.State, training.Checkpoints]:
+def _latest(config: training.Config, task: Task, folder: Path) -> tuple[training.State, Checkpoints]:
     """The latest state of the run, or a new one."""
-    state = _new_state(config, task)
-    checkpoints = training.Checkpoints(folder / "checkpoints")
-    if checkpoints.latest_step() is not None:
-        try:
-            state = checkpoints.restore(state)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    return state, checkpoints
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    if _asked(checkpoints.latest_step) is None:
+        if (folder / RESULT).is_file():
+            raise DataError(
+                f"{folder}: there is a {RESULT}, but what was trained is gone from {folder / CHECKPOINTS}. Bring it "
+                f"back from a copy, or delete {RESULT} to train again."
+            )
+        return _new_state(config, task), checkpoints
+    return _asked(checkpoints.restore, jax.eval_shape(lambda: _new_state(config, task))), checkpoints
 
 
 def _train(
-    config: training.Config, task: Task, state: training.State, checkpoints: training.Checkpoints,
+    config: training.Config, task: Task, state: training.State, checkpoints: Checkpoints,
     folder: Path, console: Console, times: Times, board: Board,
 ) -> training.State:  # fmt: skip
     """Train to the end, from wherever the state is."""
@@ -253,7 +309,6 @@ def _train(
     if done >= config.steps:
         console.print(f"[dim]already trained: {done} batches[/dim]", highlight=False)
         return state
-    (folder / RESULT).unlink(missing_ok=True)  # of a shorter training; a run with a result is finished
     if done:
         console.print(f"[dim]going on after batch {done} of {config.steps}[/dim]", highlight=False)
     step = training.make_step(task.loss, training.optimizer(config), config)
@@ -276,18 +331,27 @@ def _train(
                 times.tokens += task.tokens(batch)
                 yield batch
 
-        return training.fit(
-            state, step, counted, config, evaluate=evaluate, checkpoints=checkpoints, record=record
-        )  # fmt: skip
+        try:
+            return training.fit(
+                state, step, counted, config, evaluate=evaluate, checkpoints=checkpoints, record=record
+            )  # fmt: skip
+        except Damaged as error:
+            raise DataError(str(error)) from None
+        except training.NonFinite as error:
+            examples = task.examples(error.batch - 1)
+            raise training.NonFinite(f"{error} Batch {error.batch} has {examples}.", error.batch) from None
 
 
-def _curve(folder: Path, config: configs.Experiment) -> None:
+def _curve(folder: Path, config: configs.Experiment, console: Console) -> None:
     """The figure of the training loss and of every evaluation."""
     from mhajax import figures
 
-    lines = list(_lines(folder / METRICS))
+    lines = folders.lines(folder / METRICS)
     training_lines = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "validation_loss" in line]
+    if not training_lines:
+        console.print(f"{folder / METRICS} has no batches: no figure of the training", style="dim", soft_wrap=True)
+        return
     every = max(len(training_lines) // 200, 1)
     chunks = [training_lines[i : i + every] for i in range(0, len(training_lines), every)]
     series = {"training": ([chunk[-1]["step"] for chunk in chunks], [_mean(chunk, "loss") for chunk in chunks])}
@@ -303,36 +367,20 @@ def _mean(lines: Iterable[dict[str, Any]], name: str) -> float:
     return float(np.mean([line[name] for line in lines]))
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; a last line cut off by a kill is not one."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
 def _forget_after(path: Path, step: int) -> None:
     """Remove the lines of batches that the resumed run will see again."""
-    kept = [json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step]
-    write(path, "".join(kept))
-
-
-def _same_vocabulary(folder: Path, config: configs.Experiment) -> None:
-    """Refuse to go on with a vocabulary other than the run's own, which its parameters belong to."""
-    if (folder / CONFIG).is_file():
-        own = configs.read(folder / CONFIG).vocabulary
-        if own != config.vocabulary:
-            raise ConfigError(
-                f"[vocabulary] of a run cannot change: {folder} was made with kind={own.kind!r}, size={own.size}, got "
-                f"kind={config.vocabulary.kind!r}, size={config.vocabulary.size}; start a new run from the config file."
-            )
+    kept = [json.dumps(line) + "\n" for line in folders.lines(path) if line["step"] <= step]
+    if kept or path.is_file():
+        write(path, "".join(kept))
 
 
 def _same_data(folder: Path, task: Task) -> None:
     """Refuse to go on with data other than those the run began with."""
     path = folder / ENVIRONMENT
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))["data_sha256"]
+        before = folders.read_json(path, "data_sha256")["data_sha256"]
+        if not isinstance(before, dict):
+            raise DataError(f"{path}: data_sha256 must name the data and their SHA-256; the file is damaged.")
         changed = sorted(name for name in before | task.hashes if before.get(name) != task.hashes.get(name))
         if changed:
             raise DataError(
@@ -341,7 +389,7 @@ def _same_data(folder: Path, task: Task) -> None:
             )
 
 
-def _environment(task: Task) -> dict[str, Any]:
+def _environment(task: Task, folder: Path) -> dict[str, Any]:
     versions = {}
     for name in _PACKAGES:
         try:
@@ -355,4 +403,5 @@ def _environment(task: Task) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "devices": [device.device_kind for device in jax.devices()],
         "data_sha256": task.hashes,
+        "files_sha256": folders.sums(folder),
     }

@@ -28,6 +28,7 @@ class Task(NamedTuple):
       epoch: batches per epoch; None where there are none.
       hashes: what data was used, name → SHA-256.
       notes: what a person should know before it starts.
+      examples: number of batches seen → in words, which examples of the training data the next one has.
     """
 
     init_params: Callable[[Array], Any]
@@ -41,6 +42,7 @@ class Task(NamedTuple):
     epoch: int | None
     hashes: dict[str, str]
     notes: tuple[str, ...]
+    examples: Callable[[int], str]
 
 
 def seeds_of(params: Any) -> list[Any]:

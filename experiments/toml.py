@@ -18,6 +18,8 @@ _TYPES = {bool: "boolean", int: "integer", float: "float", str: "string", list: 
 
 
 def load(path: Path) -> dict:
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r}: the name of a file cannot have a NUL character.")
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -80,7 +82,8 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     except ValueError:
         node = None
     if not node:
-        raise ConfigError(f"override {text!r}: this is not key=value; write one such as model.num_heads=8.")
+        shown = text if len(text) <= 60 else text[:57] + "..."
+        raise ConfigError(f"override {shown!r}: this is not key=value; write one such as model.num_heads=8.")
     if not raw:
         raise ConfigError(f"""override {text!r}: the value is missing; for empty text write '{key}=""'.""")
     keys = []
@@ -106,12 +109,22 @@ def _syntax_message(path: Path, text: str, problem: str) -> str:
     shown = lines[line - 1] if line <= len(lines) else ""
     hint = '; text needs quotes: key = "text"' if problem.startswith("Invalid value") else ""
     reason = re.sub(r" \(at .*\)$", "", problem)
+    shown, column_shown = _window(shown, column)
     margin = " " * len(str(line))
-    caret = re.sub(r"[^\t]", " ", shown[: column - 1])  # tabs kept, so that the caret stands under its column
+    caret = re.sub(r"[^\t]", " ", shown[: column_shown - 1])  # tabs kept, so that the caret stands under its column
     return (
         f"{path}, line {line}, column {column}: this is not valid TOML ({reason}){hint}\n"
         f"  {line} | {shown}\n  {margin} | {caret}^"
     )
+
+
+def _window(line: str, column: int, width: int = 100) -> tuple[str, int]:
+    """The part of a long line around a column, and where the column is in it."""
+    if len(line) <= width:
+        return line, column
+    start = min(max(column - 1 - width // 2, 0), len(line) - width)
+    before, after = "…" if start else "", "…" if start + width < len(line) else ""
+    return before + line[start : start + width] + after, column - start + len(before)
 
 
 class Unquoted(str):

@@ -19,11 +19,11 @@ from rich.table import Table
 from experiments.config import Translation
 from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import BOS, EOS, Vocabulary
+from experiments.folder import VOCABULARY
 from experiments.heads import examined, findings, numbers, report, table
 from experiments.task import Task, seeds_of
 from mhajax import decoding, linen, losses, transformer, translator
 
-VOCABULARY = "vocabulary.json"
 _HEADS_MEASURED_ON = 200  # sentences
 
 
@@ -72,6 +72,7 @@ def prepare(config: Translation, folder: Path) -> Task:
         epoch=training_batches.batches_per_epoch,
         hashes=corpus.hashes,
         notes=tuple(notes),
+        examples=training_batches.examples,
     )
 
 

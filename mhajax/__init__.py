@@ -22,6 +22,7 @@ A map of the package:
     linen, nnx      Flax modules over the same functions
     losses, training  Optax training of any loss
     accumulation, weight_decay  what of it knows tokens and names of parameters
+    checkpoints     saved states, each with its digest
     heads           what heads do, from arrays:
       importance, ablation, gates       what a loss loses without them, and which are enough
       patterns, roles, copying          where they look, and what they are for
@@ -67,7 +68,7 @@ from mhajax.attention import apply, apply_captured, init_params
 from mhajax.version import __version__
 
 if TYPE_CHECKING:  # the others are imported when they are named, below
-    from mhajax import accumulation, figures, heads, linen, nnx, training, variants, view, weight_decay
+    from mhajax import accumulation, checkpoints, figures, heads, linen, nnx, training, variants, view, weight_decay
 
 __all__ = [
     "__version__",
@@ -79,6 +80,7 @@ __all__ = [
     "attention",
     "block",
     "cache",
+    "checkpoints",
     "convert",
     "decoding",
     "drop_in",

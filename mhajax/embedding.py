@@ -20,6 +20,15 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"positions must be one of {', '.join(get_args(Positions))}, got {kind!r}.")
 
 
+def check_width(kind: str, head_dim: int) -> None:
+    """Raise a ValueError if heads of this width have a channel without a partner to be rotated with."""
+    if kind == "rotary" and head_dim % 2:
+        raise ValueError(
+            f'head_dim must be even for positions="rotary", which rotates pairs of channels, got {head_dim}; give an '
+            'even head_dim (d_model / num_heads if it is left out), or positions="sinusoidal".'
+        )
+
+
 def init_params(key: Array, vocab_size: int, width: int) -> Array:
     """A table [V, D] whose rows have unit length on average."""
     return jax.random.normal(key, (vocab_size, width)) * width**-0.5

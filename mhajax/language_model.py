@@ -34,6 +34,7 @@ class Config(transformer.Config):
         transformer.Config.__post_init__(self)
         arguments.integers(self, "vocab_size", optional=True)
         embedding.check_kind(self.positions)
+        embedding.check_width(self.positions, self.width)
 
 
 class Params(NamedTuple):

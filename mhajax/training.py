@@ -18,7 +18,6 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,6 +28,7 @@ from jax import Array
 
 from mhajax import weight_decay
 from mhajax.accumulation import accumulate, accumulates, is_last
+from mhajax.checkpoints import Checkpoints
 
 Params = Any
 Batch = Any
@@ -92,6 +92,16 @@ class Config:
         for name in ("beta1", "beta2", "label_smoothing", "average_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("steps", "accumulate"):
+            if getattr(self, name) >= 2**31:
+                raise ValueError(
+                    f"{name} must be below 2,147,483,648 (it is counted in int32), got {getattr(self, name)}."
+                )
+        if self.seed + self.seeds > 2**31:
+            raise ValueError(
+                f"seed + seeds - 1 must be at most 2,147,483,647 (a seed is an int32), got seed={self.seed} and "
+                f"seeds={self.seeds}."
+            )
         if self.weight_decay and self.optimizer not in _DECAYING:
             raise ValueError(
                 f"weight_decay must be 0 with optimizer={self.optimizer!r}, which decays nothing, got "
@@ -126,7 +136,11 @@ class State(NamedTuple):
 
 
 class NonFinite(ArithmeticError):
-    """A loss or a gradient became NaN or infinite."""
+    """A loss or a gradient became NaN or infinite; `batch` is the number of its batch, from 1."""
+
+    def __init__(self, message: str, batch: int):
+        super().__init__(message)
+        self.batch = batch
 
 
 class Interrupted(Exception):
@@ -275,7 +289,7 @@ def fit(
         pending.clear()
         for line in lines:
             if not all(np.all(np.isfinite(line[name])) for name in ("loss", "gradient_norm")):
-                raise NonFinite(_non_finite_message(line, checkpoints))
+                raise NonFinite(_non_finite_message(line, checkpoints), line["step"])
         if lines:
             record(lines)
 
@@ -300,101 +314,6 @@ def fit(
             if stop and not last:
                 raise Interrupted(f"stopped by {stop[0]} after batch {done} of {config.steps}; the state is saved.")
     return state
-
-
-class Checkpoints:
-    """The latest state and the best parameters of a run, on disk, each written whole or not at all (Orbax)."""
-
-    def __init__(self, folder: Path | str):
-        import orbax.checkpoint as ocp
-
-        self._ocp = ocp
-        self.folder = Path(folder).absolute()
-        arrays, numbers = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
-        self._latest = self._manager("latest", arrays())
-        self._best = self._manager("best", {"params": arrays(), "score": numbers()})
-
-    def _manager(self, name: str, handlers: Any):
-        options = self._ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, create=True)
-        return self._ocp.CheckpointManager(self.folder / name, item_handlers=handlers, options=options)
-
-    def latest_step(self) -> int | None:
-        """Batches seen by the latest state; None if nothing was saved."""
-        return self._latest.latest_step()
-
-    def save(self, state: State) -> None:
-        """Keep this state as the latest."""
-        step = int(state.step)
-        if self.latest_step() != step:
-            self._latest.save(step, args=self._ocp.args.StandardSave(state._asdict()))
-
-    def restore(self, like: State) -> State:
-        """The latest state.
-
-        Args:
-          like: a state of the same shapes.
-
-        Raises:
-          ValueError: if nothing was saved, or arrays of other shapes: the checkpoint belongs to another config.
-        """
-        step = self.latest_step()
-        if step is None:
-            raise ValueError(f"training.Checkpoints: {self.folder / 'latest'} holds no state; save one first.")
-        self._check_shapes(self._latest, step, like._asdict())
-        return State(**self._latest.restore(step, args=self._ocp.args.StandardRestore(_abstract(like._asdict()))))
-
-    def offer(self, state: State, score: float) -> bool:
-        """Keep the evaluated parameters if the score is higher than all before; whether they were kept.
-
-        A run that was killed may have kept parameters from after its latest state. They stay: the run will come by the
-        same bits again.
-        """
-        best = self.best_score()
-        step = int(state.step)
-        if best is not None and (best["step"] >= step or score <= best["score"]):
-            return False
-        saved = self._ocp.args.Composite(
-            params=self._ocp.args.StandardSave(state.evaluated),
-            score=self._ocp.args.JsonSave({"step": step, "score": score}),
-        )
-        self._best.save(step, args=saved)
-        return True
-
-    def best_score(self) -> dict[str, float] | None:
-        """Step and score of the best parameters; None if there are none."""
-        step = self._best.latest_step()
-        if step is None:
-            return None
-        return self._best.restore(step, args=self._ocp.args.Composite(score=self._ocp.args.JsonRestore()))["score"]
-
-    def best(self, like: Params) -> Params:
-        """The best parameters [seeds, ...], of the same shapes as `like`."""
-        args = self._ocp.args.Composite(params=self._ocp.args.StandardRestore(_abstract(like)))
-        return self._best.restore(self._best.latest_step(), args=args)["params"]
-
-    def close(self) -> None:
-        """Wait for what is being written."""
-        self._latest.close()
-        self._best.close()
-
-    def _check_shapes(self, manager, step: int, like: dict) -> None:
-        saved = manager.item_metadata(step)
-        saved = getattr(saved, "tree", saved)
-        shapes = lambda tree: {  # noqa: E731
-            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-            if hasattr(leaf, "shape")
-        }
-        have, want = sorted(shapes(saved).values()), sorted(shapes(like).values())
-        if have != want:
-            raise ValueError(
-                f"training.Checkpoints: {self.folder / 'latest'} holds {len(have)} arrays of other shapes than this "
-                f"model's {len(want)}; it was written with another config. Use that config, or another folder."
-            )
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
 def _over_seeds(function: Callable, config: Config) -> Callable:

@@ -46,6 +46,7 @@ class Config(block.Config):
         arguments.integers(self, "encoder_layers", "decoder_layers", "unroll")
         arguments.integers(self, "vocab_size", optional=True)
         embedding.check_kind(self.positions)
+        embedding.check_width(self.positions, self.width)
 
     def stack(self, num_layers: int) -> transformer.Config:
         """One of the two stacks."""

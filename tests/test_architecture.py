@@ -14,7 +14,7 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 # A module of the library imports only from rows above its own, or from its own folder.
 LAYERS = [
     {"arguments"},
-    {"masks", "precision", "positions", "scores", "dropout", "norm", "mlp", "losses", "tree", "version"},
+    {"masks", "precision", "positions", "scores", "dropout", "norm", "mlp", "losses", "tree", "version", "checkpoints"},
     {"interventions", "weight_decay", "accumulation"},
     {"kernels", "embedding", "checks", "options"},
     {"attention"},
@@ -28,7 +28,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # These know no model: they take functions and arrays.
-KNOW_NO_MODEL = {"losses", "decoding", "training", "figures", "view"}
+KNOW_NO_MODEL = {"losses", "decoding", "training", "checkpoints", "figures", "view"}
 # Packages from outside that only some may import; whoever is not listed stays with JAX and NumPy.
 ONLY = {"flax": {"linen", "nnx"}, "optax": {"training", "accumulation"}}
 HEAVY = ("matplotlib", "orbax", "tokenizers", "flax", "optax", "torch", "transformers")

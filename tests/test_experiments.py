@@ -176,45 +176,38 @@ def test_a_changed_config_is_another_run(finished):
     assert folder == run
 
 
-@pytest.mark.slow
-def test_going_on_with_another_model_is_refused(finished, tmp_path):
+def everything(folder):
+    """Every file of a folder but the lock and the time it took: name → content."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in ("lock", "times.json"))
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.d_model=24", "training.steps=13"], ["another config"]),
+        (["data.seed=3"], ["began with other data", "train"]),
+        (["vocabulary.size=300", "training.steps=14"], ["[vocabulary]", "size=300"]),
+        (["training.steps=9"], ["training.steps=9", "12 batches"]),
+    ],
+)
+def test_going_on_with_what_does_not_fit_is_refused_and_leaves_nothing(finished, overrides, parts):
     _, run, _ = finished
-    copy = shutil.copytree(run, tmp_path / "copy")
-    before = [(copy / name).read_bytes() for name in ("result.json", "config.toml", "metrics.jsonl")]
-    status, _, err = call(copy, "model.d_model=24", "training.steps=13")
-    assert status == 2 and "another config" in err and "Traceback" not in err
-    assert [(copy / name).read_bytes() for name in ("result.json", "config.toml", "metrics.jsonl")] == before
+    before = everything(run.parent)
+    status, _, err = call(run, *overrides)
+    assert status == 2 and "Traceback" not in err, err
+    for part in parts:
+        assert part in err
+    assert everything(run.parent) == before
 
 
-@pytest.mark.slow
-def test_a_run_can_be_continued_for_longer(finished, tmp_path):
-    _, run, _ = finished
-    copy = shutil.copytree(run, tmp_path / "copy")
-    times = json.loads((copy / "times.json").read_text())
-    times[-1]["seconds"] += 1000  # which no run of this test takes
-    (copy / "times.json").write_text(json.dumps(times))
-    status, out, err = call(copy, "training.steps=14", "--json")
-    assert status == 0 and "going on after batch 12 of 14" in err
-    result = json.loads(out)
-    assert result["steps"] == 14 and result["seconds"] > 1000
-    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 15))
-
-
-def test_data_that_changed_are_noticed(finished, tmp_path):
-    _, run, _ = finished
-    copy = shutil.copytree(run, tmp_path / "copy")
-    status, _, err = call(copy, "data.seed=3")
-    assert status == 2 and "began with other data" in err and "train" in err
-
-
-def test_the_vocabulary_of_a_run_stays(finished, tmp_path):
-    _, run, _ = finished
-    copy = shutil.copytree(run, tmp_path / "copy")
-    before = (copy / "config.toml").read_bytes()
-    status, _, err = call(copy, "vocabulary.size=300", "training.steps=14")
-    assert status == 2 and "[vocabulary]" in err and "size=300" in err
-    assert (copy / "config.toml").read_bytes() == before
+def test_a_config_that_was_edited_in_the_run_folder_is_refused(finished, tmp_path):
+    copy = shutil.copytree(finished[1], tmp_path / "copy")
+    text = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(text.replace("beams = 2", "beams = 1"))
+    for command in ([copy], ["translate", copy]):
+        status, _, err = call(*command)
+        assert status == 2 and "config.toml" in err and "key=value" in err and "Traceback" not in err
 
 
 def test_files_of_the_same_name_are_told_apart(tmp_path):
@@ -268,6 +261,29 @@ def test_a_language_model_writes(text_run):
     assert status == 0 and out.startswith("rose") and len(out) == len("rose") + 5 + 1
     again = call("sample", run, "--prompt", "rose", "--tokens", "5")[1]
     assert again == out
+
+
+@pytest.mark.slow
+def test_a_run_continued_for_longer_is_a_run_of_its_own(text_run, tmp_path):
+    _, run = text_run
+    copy = shutil.copytree(run, tmp_path / run.name)
+    times = json.loads((copy / "times.json").read_text())
+    times[-1]["seconds"] += 1000  # which no run of this test takes
+    (copy / "times.json").write_text(json.dumps(times))
+    before = everything(copy)
+    status, _, err = call(copy, "training.steps=10", "--json")
+    assert status == 0 and "going on after batch 8 of 10" in err, err
+    (longer,) = tmp_path.glob(f"{run.name}+*")
+    result = json.loads((longer / "result.json").read_text())
+    assert result["steps"] == 10 and result["seconds"] > 1000
+    assert (result["continued_from"]["run"], result["continued_from"]["step"]) == (run.name, 8)
+    lines = [json.loads(line) for line in (longer / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    assert everything(copy) == before  # nothing of what was finished changes
+    from experiments import run as running
+
+    assert running.load(str(copy), ["training.steps=10"], "")[1] == longer  # the same command finds the same run
+    assert running.load(str(copy), ["training.steps=8"], "")[1] == copy  # and what changes nothing the first
 
 
 @pytest.mark.slow
@@ -390,6 +406,20 @@ BAD = {
         ["test_source", "test_target", "together"],
     ),
     "missing files": (['data={kind="files", train_source="a.txt", train_target="b.txt"}'], ["a.txt"]),
+    "seed beyond int32": (["training.seed=3000000000"], ["[training]", "2,147,483,647", "3000000000"]),
+    "seeds beyond int32": (["training.seed=2147483647", "training.seeds=2"], ["[training]", "seed + seeds"]),
+    "steps beyond int32": (["training.steps=4000000000"], ["steps", "4000000000"]),
+    "accumulate beyond int32": (["training.accumulate=2147483648"], ["accumulate", "2147483648"]),
+    "odd heads that rotate": (["model.head_dim=5"], ["[model]", "head_dim", "even", "5", "rotary"]),
+    "a path with NUL": (
+        [r'data={kind="files", train_source="a\u0000", train_target="b"}'],
+        ["data.train_source", "NUL"],
+    ),
+    "a path too long": (
+        [f'data={{kind="files", train_source="{"a" * 300}", train_target="b"}}'],
+        ["data.train_source", "255"],
+    ),
+    "a batch beyond the data": (["batches.tokens=2000000000"], ["batches.tokens", "4,800", "2,000,000,000"]),
     "incomplete files": (['data={kind="files", train_source="a.txt"}'], ["train_target"]),
 }
 
@@ -406,7 +436,7 @@ def test_bad_configs_get_a_message_and_lose_nothing(name, tmp_path):
     assert "Traceback" not in err
     for part in parts:
         assert part in err
-    assert not list(tmp_path.glob("runs/*/result.json"))
+    assert not list(tmp_path.glob("runs"))  # a trial that fails before the first batch leaves no folder
 
 
 BAD_PAIRS = {
@@ -439,6 +469,8 @@ def test_bad_text_gets_a_message_with_file_and_line(name, tmp_path):
         (["sample", "nowhere"], ["nowhere"]),
         (["fetch", "multi31k"], ["multi31k", "multi30k"]),
         (["."], ["config.toml"]),
+        (["a" * 5000], ["cannot be read"]),
+        (["a\0b"], ["NUL"]),
     ],
 )
 def test_bad_commands_get_a_message(arguments, parts):

@@ -16,6 +16,7 @@ from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.errors import DataError
 
 FILLER = -1  # the example number of a row that only fills up a batch
+_ALWAYS_FITS = 65_536  # tokens of a batch that need no data as large
 _LONG_SENTENCE_STEP = 32
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -120,6 +121,12 @@ class PairBatches:
             )
         self._seed = seed
         used = [boundary for boundary in boundaries if members[boundary]]
+        _check_size(
+            "batches.tokens",
+            batch_tokens,
+            sum(len(members[boundary]) * boundary for boundary in used),
+            "padding included",
+        )
         # the row after the last one is filler, so that a row number of -1 picks it
         self._stores = [_pair_batch(pairs, [*members[boundary], FILLER], boundary) for boundary in used]
         self.shapes = tuple((_rows(batch_tokens, boundary), boundary) for boundary in used)
@@ -129,6 +136,11 @@ class PairBatches:
         """Where training stands after `step` batches from the very start."""
         _check_at_least("PairBatches.position", "step", step, 0)
         return Position(*divmod(step, self.batches_per_epoch))
+
+    def examples(self, step: int) -> str:
+        """In words, which pairs the batch after `step` batches holds."""
+        index = next(iter(self.iterate(self.position(step)))).index
+        return f"the training pairs {_shown(sorted(int(i) for i in index if i != FILLER))} (counted from 0)"
 
     def iterate(self, position: Position | tuple[int, int] = START) -> Iterator[PairBatch]:
         """Batches from a position on, without end.
@@ -193,12 +205,18 @@ class TextBatches:
                 f"batches.TextBatches: a window of length={length} needs at least {length + 1} tokens, the stream has "
                 f"{len(tokens)}. Give more text or a smaller length."
             )
+        _check_size("batches.size × batches.length", batch_size * length, len(tokens), f"{batch_size:,} × {length:,}")
         self._tokens, self._batch_size, self._length, self._seed = tokens, batch_size, length, seed
 
     def position(self, step: int) -> Position:
         """Where training stands after `step` batches from the very start: there is but one endless epoch."""
         _check_at_least("TextBatches.position", "step", step, 0)
         return Position(0, step)
+
+    def examples(self, step: int) -> str:
+        """In words, which windows the batch after `step` batches holds."""
+        starts = _shown(sorted(int(start) for start in self._starts(step)))
+        return f"the windows of {self._length} tokens that begin at the training tokens {starts} (counted from 0)"
 
     def iterate(self, position: Position | tuple[int, int] = START) -> Iterator[np.ndarray]:
         """Batches from a position on, without end.
@@ -222,10 +240,12 @@ class TextBatches:
 
     def _from(self, step: int) -> Iterator[np.ndarray]:
         while True:
-            words = _philox(self._seed, step).random_raw(self._batch_size)
-            starts = (words % np.uint64(len(self._tokens) - self._length)).astype(np.int64)
-            yield self._tokens[starts[:, None] + np.arange(self._length + 1)].astype(np.int32)  # [B, T + 1]
+            yield self._tokens[self._starts(step)[:, None] + np.arange(self._length + 1)].astype(np.int32)  # [B, T + 1]
             step += 1
+
+    def _starts(self, step: int) -> np.ndarray:
+        words = _philox(self._seed, step).random_raw(self._batch_size)
+        return (words % np.uint64(len(self._tokens) - self._length)).astype(np.int64)
 
 
 def evaluation_batches(
@@ -375,6 +395,20 @@ def _check_at_least(who: str, name: str, value: int, least: int) -> None:
         enough = False
     if not enough:
         raise ValueError(f"batches.{who}: {name} must be an integer of at least {least}, got {value!r}.")
+
+
+def _check_size(what: str, tokens: int, there: int, how: str) -> None:
+    """Refuse a batch that is larger than all the data, before it is allocated; a small one is only filled up."""
+    if tokens > max(there, _ALWAYS_FITS):
+        raise DataError(
+            f"{what} must be at most the {there:,} tokens of the training data (or {_ALWAYS_FITS:,}), got {tokens:,} "
+            f"({how}): a batch would be larger than the data. Give smaller batches or more data."
+        )
+
+
+def _shown(numbers: Sequence[int], most: int = 64) -> str:
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return ", ".join(map(str, numbers[:most])) + more
 
 
 def _check_boundaries(who: str, boundaries: tuple[int, ...]) -> None:

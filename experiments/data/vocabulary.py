@@ -5,6 +5,7 @@ never becomes `PAD`, `BOS` or `EOS`: where "<eos>" is written in a text, it is f
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 WORD_START = "▁"
 
 _BYTES = 256
+_LONGEST_WORD = 20_000  # characters
+_WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]+|_+")  # about what byte-level BPE keeps together
 _KIND_OF_PRE_TOKENIZER = {"ByteLevel": "bpe", "WhitespaceSplit": "words", "Split": "characters"}
 
 # Threads would save tokenizers half a second on 60,000 sentences, and make it complain at every later fork.
@@ -190,7 +193,26 @@ def load(path: str | os.PathLike[str]) -> Vocabulary:
             f"bpe, words or characters; found {specials} with {type(tokenizer.pre_tokenizer).__name__}. "
             "Use a file saved by this project."
         )
+    problem = _problem(tokenizer)
+    if problem:
+        raise DataError(f"{path}: the file is damaged ({problem}). Bring it back from a copy, or make the vocabulary "
+                        "and the model again.")  # fmt: skip
     return Vocabulary(tokenizer, kind)
+
+
+def _problem(tokenizer: "Tokenizer") -> str | None:
+    """What is wrong with a vocabulary that could be read: ids that are not 0 … V - 1, or text that it cannot encode."""
+    entries = tokenizer.get_vocab(with_added_tokens=True)
+    if sorted(entries.values()) != list(range(len(entries))):
+        return f"its ids are not 0 … {len(entries) - 1}, each once"
+    try:
+        ids = tokenizer.encode_batch(["".join(map(chr, range(0x180))), "\U0010fffd ab"], add_special_tokens=False)
+        tokenizer.decode(sorted(entries.values()), skip_special_tokens=False)
+    except BaseException as error:  # the package is Rust: its panics are no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        return str(error).splitlines()[0][:200]
+    return None if all(encoding.ids for encoding in ids) else "it loses text"
 
 
 def load_or_train(path: str | os.PathLike[str], texts: Iterable[str], config: Config) -> Vocabulary:
@@ -213,6 +235,7 @@ def _train_bpe(texts: list[str], size: int) -> "Tokenizer":
             f"vocabulary.size must be at least {smallest} ({len(SPECIAL_TOKENS)} special tokens and {_BYTES} bytes), "
             f'got {size}. Give a larger size, or vocabulary.kind="characters".'
         )
+    _check_words(texts)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -224,6 +247,19 @@ def _train_bpe(texts: list[str], size: int) -> "Tokenizer":
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def _check_words(texts: list[str]) -> None:
+    """Refuse a word for which the merges would take minutes: their time grows with the square of its length."""
+    for number, text in enumerate(texts, start=1):
+        if len(text) > _LONGEST_WORD:
+            longest = max(_WORD.findall(text), key=len, default="")
+            if len(longest) > _LONGEST_WORD:
+                raise DataError(
+                    f'vocabulary: a word must be at most {_LONGEST_WORD:,} characters for vocabulary.kind="bpe", text '
+                    f"{number} of {len(texts)} has one of {len(longest):,} that begins {longest[:30]!r}; learning from "
+                    'it would take very long. Break it with spaces or lines, or use vocabulary.kind="characters".'
+                )
 
 
 def _train_words(texts: list[str]) -> "Tokenizer":

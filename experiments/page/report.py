@@ -133,7 +133,9 @@ class Page:
         """Writes the page."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html(), encoding="utf-8", newline="\n")
+        # half of a surrogate pair, which a cut text may end with, has no UTF-8
+        html = self.html().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        path.write_text(html, encoding="utf-8", newline="\n")
         return path
 
     def _name(self, text: str) -> str:

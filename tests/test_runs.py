@@ -1,0 +1,270 @@
+"""Runs keep their word: what is damaged is named, one process works on a folder, a full disk loses nothing."""
+
+import json
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import folder as folders
+from experiments import run as running
+from experiments import schema, toml
+from experiments.data import vocabulary
+from experiments.data.batches import PairBatches, TextBatches
+from experiments.errors import ConfigError, DataError, UserError
+from experiments.progress import Times
+from mhajax import checkpoints, training
+from mhajax.checkpoints import Checkpoints, Damaged
+
+CONFIG = """
+kind = "language_model"
+data = {{kind = "text", path = "{path}"}}
+batches = {{size = 2, length = 8}}
+model = {{d_model = 8, num_heads = 2, num_layers = 1}}
+training = {{steps = 8, warmup_steps = 2, log_every = 2, evaluate_every = 4}}
+sampling = {{prompt = "a", tokens = 3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, quick_compiles):
+    """A run folder as a finished training leaves it, made without one."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "text.txt").write_text("a rose is a rose is a rose.\n" * 40)
+    (root / "tiny.toml").write_text(CONFIG.format(path=root / "text.txt"))
+    config, folder = running.load(str(root / "tiny.toml"), [], str(root))
+    with folders.opened(folder):
+        task = running.prepare(config, folder)
+        state = training.init(task.init_params, training.optimizer(config.training), config.training)
+        saved = Checkpoints(folder / "checkpoints")
+        for step in (4, 8):
+            saved.offer(state._replace(step=jnp.int32(step)), float(step))
+            saved.save(state._replace(step=jnp.int32(step)))
+        lines = [{"step": step, "loss": [1.5], "gradient_norm": [1.0]} for step in range(1, 9)]
+        folders.write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        folders.write(folder / "config.toml", schema.to_toml(config))
+        folders.write(folder / "environment.json", json.dumps(running._environment(task, folder), indent=2) + "\n")
+        times = Times(folder)
+        times.start(0)
+        times.save(8)
+        folders.write(folder / "result.json", json.dumps({"seconds": 3.0, "tokens_per_second": 5.0}))
+    return folder
+
+
+def read(folder):
+    """All that going on with a finished run, or asking it something, reads."""
+    config, folder = running.load_run(folder)
+    task, params = running.trained(config, folder)
+    running._same_data(folder, task)
+    Times(folder).start(8)
+    running._timing_of(folder)
+    folders.lines(folder / "metrics.jsonl")
+    return params
+
+
+def fuzz(folder, tmp_path, files, count):
+    """A file gone, emptied, or with a bit flipped: the parameters are the same, or a person is told in few lines."""
+    whole, rng, told = read(folder), random.Random(0), 0
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for file in files:
+        content = (folder / file).read_bytes()
+        flips = [(rng.randrange(len(content)), 1 << rng.randrange(8)) for _ in range(count)]
+        flipped = [content[:i] + bytes([content[i] ^ bit]) + content[i + 1 :] for i, bit in flips]
+        for changed in (None, b"", *flipped):
+            (copy / file).unlink() if changed is None else (copy / file).write_bytes(changed)
+            try:
+                chex.assert_trees_all_equal(read(copy), whole)
+            except UserError as error:
+                told += 1
+                assert str(copy) in str(error) and len(str(error).splitlines()) <= 5
+            (copy / file).write_bytes(content)
+    return told
+
+
+def files_of(folder, parts=("",)):
+    """The files under parts of a folder, relative to it."""
+    found = (path for part in parts for path in sorted((folder / part).rglob("*")))
+    return [path.relative_to(folder) for path in found if path.is_file() and path.name != "lock"]
+
+
+def test_no_flipped_byte_changes_parameters_or_gives_a_raw_error(tiny, tmp_path):
+    arrays = files_of(tiny, ["checkpoints/latest/8", "checkpoints/best/8"])
+    files = [file for file in files_of(tiny) if len(file.parts) == 1] + random.Random(1).sample(arrays, 4)
+    assert fuzz(tiny, tmp_path, files, 1) >= 3 * 4 + 5
+
+
+@pytest.mark.parametrize("kind", ["latest", "best"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(tiny, tmp_path, kind):
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    newest = copy / "checkpoints" / kind / "8"
+    file = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError) as error:
+        read(copy)
+    for part in (str(newest), "batch 8", file.name, "batch 4 are whole", f"delete {newest}"):
+        assert part in str(error.value)
+    shutil.rmtree(newest)  # as it says
+    saved = Checkpoints(copy / "checkpoints")
+    assert (saved.latest_step(), (saved.best_score() or {}).get("step")) == ((4, 8) if kind == "latest" else (8, 4))
+    read(copy)
+
+
+def test_states_that_are_gone_are_no_fresh_start(tiny, tmp_path):
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    for step in (4, 8):
+        shutil.rmtree(copy / "checkpoints" / "latest" / str(step))
+    with pytest.raises(DataError, match="latest held states of this run and is empty"):
+        read(copy)
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(DataError, match=r"there is a result.json, but what was trained is gone"):
+        read(copy)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [(b'{"step": 2, "lo', "JSON|Unterminated"), (b"\0\0\0", "Expecting"), (b'"\xff"', "UTF-8"),
+     (b'{"loss": 1}', "step"), (b'{"step": 2, "loss": "x"}', "loss"), (b"[]", "object")],
+)  # fmt: skip
+def test_a_damaged_line_of_metrics_is_named(tmp_path, line, why):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1, "loss": [1.0]}\n' + line + b'\n{"step": 3, "loss": [1.0]}\n{"step": 4')
+    with pytest.raises(DataError, match=rf"metrics\.jsonl, line 2: .*({why})"):
+        folders.lines(file)
+    file.write_bytes(b'{"step": 1, "loss": [1.0]}\n\0\0')  # what a kill or a power cut leaves
+    assert folders.lines(file) == [{"step": 1, "loss": [1.0]}]
+
+
+def test_one_process_works_on_a_folder(tmp_path):
+    with folders.opened(tmp_path / "run"):
+        (tmp_path / "run" / "config.toml").touch()
+        with pytest.raises(UserError, match=r"another process works on this run \(process \d+ on"), folders.opened(
+            tmp_path / "run"
+        ):  # fmt: skip
+            raise AssertionError("two at once")
+    with folders.opened(tmp_path / "run"):
+        pass
+
+
+def test_a_trial_that_fails_before_there_is_a_config_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), folders.opened(tmp_path / "new" / "run"):
+        (tmp_path / "new" / "run" / "vocabulary.json").touch()
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "run", Path("/proc/none/run"), Path("a\0b"), tmp_path / ("a" * 300)):
+        with pytest.raises(UserError) as error, folders.opened(place):
+            raise AssertionError("made")
+        assert "\n" not in str(error.value)
+
+
+def state_of(step, value=1.0, size=3):
+    params = {"w": jnp.full((1, size), value)}
+    return training.State(jnp.int32(step), params, (), None)
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path):
+    saved = Checkpoints(tmp_path)
+    saved.save(state_of(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    noise = jax.random.normal(jax.random.key(0), (1, 100_000))
+    try:
+        with pytest.raises(checkpoints.NotSaved) as error, folders.opened(tmp_path / "run"):
+            saved.save(state_of(2)._replace(params={"w": noise}))
+    except UserError as told:  # as the command line has it
+        error = told
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not be written" in str(error) and "\n" not in str(error)
+    assert saved.latest_step() == 1 and [path.name for path in (tmp_path / "latest").iterdir()] == ["1"]
+    chex.assert_trees_all_equal(saved.restore(state_of(0)), state_of(1))
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_is_never_the_best(tmp_path, score):
+    saved = Checkpoints(tmp_path)
+    assert not saved.offer(state_of(1), score) and saved.best_score() is None
+    assert saved.offer(state_of(2), -3.0)
+    assert not saved.offer(state_of(3, 7.0), score)
+    assert saved.best_score() == {"step": 2, "score": -3.0}
+    assert saved.offer(state_of(4, 9.0), -2.0)
+    chex.assert_trees_all_equal(saved.best(state_of(0).params), state_of(0, 9.0).params)
+
+
+def test_two_states_are_kept_and_an_older_one_is_refused(tmp_path):
+    saved = Checkpoints(tmp_path)
+    for step in (1, 2, 5):
+        saved.save(state_of(step))
+    assert sorted(path.name for path in (tmp_path / "latest").iterdir()) == ["2", "5"]
+    with pytest.raises(ValueError, match=r"holds a state of batch 5, got one of batch 3"):
+        saved.save(state_of(3))
+    (tmp_path / "latest" / "5").rename(tmp_path / "latest" / "7")
+    with pytest.raises(Damaged, match="it holds batch 5"):
+        saved.restore(state_of(0))
+
+
+def test_a_batch_beyond_the_data_is_refused_before_it_is_allocated():
+    pairs = [([5, 6], [7])] * 20
+    with pytest.raises(DataError, match=r"batches\.tokens must be at most the 80 tokens .* got 3,000,000,000"):
+        PairBatches(pairs, batch_tokens=3_000_000_000, boundaries=(4,), seed=0)
+    with pytest.raises(DataError, match=r"at most the 30 tokens .* got 3,000,000,000 \(1,000,000,000 × 3\)"):
+        TextBatches(np.arange(30), batch_size=1_000_000_000, length=3, seed=0)
+    assert PairBatches(pairs, batch_tokens=4096, boundaries=(4,), seed=0).shapes == ((1024, 4),)
+
+
+def test_the_examples_of_a_batch_are_named():
+    pairs = PairBatches([([5], [7])] * 3, batch_tokens=6, boundaries=(2,), seed=0)
+    batch = next(iter(pairs.iterate(pairs.position(0))))
+    assert (
+        pairs.examples(0) == f"the training pairs {', '.join(map(str, sorted(batch.index.tolist())))} (counted from 0)"
+    )
+    text = TextBatches(np.arange(30), batch_size=2, length=3, seed=0)
+    starts = sorted(next(iter(text.iterate((0, 4))))[:, 0].tolist())  # a token is its place here
+    assert f"begin at the training tokens {starts[0]}, {starts[1]} (" in text.examples(4)
+
+
+def test_a_word_too_long_for_bpe_is_refused_at_once():
+    with pytest.raises(
+        DataError, match=r"at most 20,000 characters .* text 2 of 2 has one of 1,000,000 that begins 'xxx"
+    ):
+        vocabulary.train(["short", "a " + "x" * 1_000_000], vocabulary.Config(size=300))
+    vocabulary.train(["some words " * 5000], vocabulary.Config(size=300))
+
+
+@pytest.mark.parametrize("kind", ["words", "characters"])
+def test_a_vocabulary_that_fails_only_at_encode_is_refused_when_it_is_read(tmp_path, kind):
+    file = tmp_path / "vocabulary.json"
+    vocabulary.train(["a b c"], vocabulary.Config(kind=kind)).save(file)
+    text = file.read_text()
+    vocabulary.load(file)
+    file.write_text(text.replace('"unk_token": "<unk>"', '"unk_token": "<unj>"'))
+    with pytest.raises(DataError, match=r"vocabulary\.json: the file is damaged"):
+        vocabulary.load(file)
+
+
+def test_half_a_character_in_a_page_is_written_as_a_replacement(tmp_path):
+    from experiments.page import Page
+
+    page = Page("half \ud83d of a pair")
+    page.section("words").text("more \udc00")
+    text = page.save(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "half \ufffd of a pair" in text and "more \ufffd" in text
+
+
+def test_a_syntax_error_in_a_long_line_shows_the_part_around_it(tmp_path):
+    file = tmp_path / "long.toml"
+    file.write_text(f'x = "{"a" * 5000}" oops "{"b" * 5000}"\n')
+    with pytest.raises(ConfigError) as error:
+        toml.load(file)
+    shown = str(error.value).splitlines()
+    assert max(map(len, shown[1:])) < 120 and "oops" in shown[1]
+    assert shown[1][shown[2].index("^")] == "o"
