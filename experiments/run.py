@@ -13,6 +13,7 @@ runs/grammar-1a2b3c4d/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -28,7 +29,8 @@ import numpy as np
 from rich.console import Console
 
 from experiments import config as configs
-from experiments import language_modelling, schema, translation
+from experiments import finished, language_modelling, quick, schema, toml, translation, work
+from experiments.data.vocabulary import Vocabulary
 from experiments.errors import ConfigError, DataError, UserError
 from experiments.progress import Board, Display, Times, write
 from experiments.task import Task, seeds_of
@@ -40,7 +42,7 @@ HEADS, REPORT = "heads.json", "report.html"
 _PACKAGES = ("mhajax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "sacrebleu")
 
 
-def load(path: str, overrides: list[str], runs: str) -> tuple[configs.Experiment, Path]:
+def load(path: str, overrides: list[str], runs: str, *, small: bool = False) -> tuple[configs.Experiment, Path]:
     """The config that a person named, with overrides, and the folder of its run.
 
     Args:
@@ -48,24 +50,38 @@ def load(path: str, overrides: list[str], runs: str) -> tuple[configs.Experiment
       overrides: TOML lines such as `model.num_heads=8`.
       runs: where run folders are made. A run's folder is named after its config file and a hash of every value in it,
         so the same command always finds the same folder.
+      small: a quick look at the config, see `experiments.quick`; the name of its folder begins with "quick-".
     """
     folder = Path(path)
+    if small and (folder / CONFIG).is_file():
+        raise UserError(f"--quick looks at a config file; {folder} is a run, which is what it is.")
     if (folder / CONFIG).is_file():
         return configs.read(folder / CONFIG, overrides), folder
     if folder.is_dir():
-        raise ConfigError(f"{folder}: expected a config file or the folder of a run, got a folder without {CONFIG}.")
+        raise ConfigError(f"{folder}: this folder has no {CONFIG}, so it is no run; give a config file or a run.")
     config = configs.read(folder, overrides)
+    config = quick.shrink(config) if small else config
     digest = hashlib.sha256(schema.to_toml(config).encode()).hexdigest()[:8]
-    return config, Path(runs) / f"{folder.stem}-{digest}"
+    return config, Path(runs) / f"{'quick-' if config.quick else ''}{folder.stem}-{digest}"
 
 
 def load_run(path: str | Path) -> tuple[configs.Experiment, Path]:
     """The config and the folder of an earlier run."""
     folder = Path(path)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: expected the folder of a run, got {'one' if folder.is_dir() else 'no folder'} "
-                        f"without {CONFIG}.")  # fmt: skip
+        raise UserError(f"{folder}: {_not_a_run(folder)}")
     return configs.read(folder / CONFIG), folder
+
+
+def _not_a_run(folder: Path) -> str:
+    if folder.is_dir():
+        return f"this folder has no {CONFIG}, so it is not the folder of a run."
+    if folder.exists():
+        return "this is a file; give the folder of a run, which a run prints as its first line."
+    where = folder.absolute().parent
+    runs = [file.parent.name for file in where.glob(f"*/{CONFIG}")] if where.is_dir() else []
+    near = toml.nearest(folder.name, runs)
+    return f"there is no such folder in {where}" + (f"; did you mean {folder.with_name(near)}?" if near else ".")
 
 
 def prepare(config: configs.Experiment, folder: Path) -> Task:
@@ -88,10 +104,18 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
     Returns:
       What stands in result.json.
     """
+    with work.shown_on(console):
+        return _run(config, folder, console, tensorboard)
+
+
+def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard: bool) -> dict[str, Any]:
     times = Times(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _same_vocabulary(folder, config)
-    task = prepare(config, folder)
+    if config.quick:
+        console.print("[bold]a quick look[/bold]: a small model on little data; its numbers mean nothing")
+    with work.piece("reading the data, making the vocabulary", 1, "step", note=""):
+        task = prepare(config, folder)
     _same_data(folder, task)
     state, checkpoints = _latest(config.training, task, folder)
     write(folder / CONFIG, schema.to_toml(config))  # not before it is known to fit what the folder holds
@@ -105,7 +129,7 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
     best = checkpoints.best_score()
     params = state.evaluated if best is None else checkpoints.best(state.evaluated)
     checkpoints.close()
-    result = {"kind": config.kind, **task.report(params, folder, console)}
+    result = {"kind": config.kind, **({"quick": True} if config.quick else {}), **task.report(params, folder, console)}
     result |= {
         "parameters": sum(a.size for a in jax.tree.leaves(params)) // config.training.seeds,
         "seeds": config.training.seeds,
@@ -125,30 +149,45 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
     return result
 
 
-def translate(path: str | Path, sentences: Sequence[str], *, beams: int | None = None) -> list[str]:
+def translate(
+    path: str | Path, sentences: Sequence[str], *, beams: int | None = None, console: Console | None = None
+) -> list[str]:
     """Translations of sentences by the best parameters (of the first seed) of an earlier run; empty lines stay empty.
 
     Args:
       path: the folder of the run.
       sentences: one sentence each.
       beams: other than the config's; 1 is greedy.
+      console: where a person is told of words that the run does not know, and how far it is; None for nowhere.
     """
     config, folder = load_run(path)
     if not isinstance(config, configs.Translation):
         raise UserError(f"{folder}: this run is a {config.kind}, not a translation; use: sample {folder}")
-    _, params = trained(config, folder)
+    model, words, params = finished.parameters(config, folder)
     wanted = [sentence for sentence in sentences if sentence.strip()]
-    translator = translation.load_translator(config, folder)
-    outputs = iter(translator(seeds_of(params)[0], wanted, beams=beams) if wanted else [])
+    translator = translation.Translator(config, model, words)
+    for number, sentence in enumerate(sentences, start=1):
+        _warn(console, f"line {number}", words.unknown(sentence), words)
+    with contextlib.nullcontext() if console is None else work.shown_on(console):
+        outputs = iter(translator(seeds_of(params)[0], wanted, beams=beams) if wanted else [])
     return [next(outputs) if sentence.strip() else "" for sentence in sentences]
 
 
-def sample(path: str | Path, seed: int = 0, **changes: Any) -> str:
+def _warn(console: Console | None, where: str, unknown: list[str], words: Vocabulary) -> None:
+    """Tell of what a vocabulary does not know, which a model reads as one and the same unknown token."""
+    if console is not None and unknown:
+        listed = ", ".join(map(repr, unknown[:8])) + (" …" if len(unknown) > 8 else "")
+        of = f"the {words.size:,} {words.unit}s that this run knows"
+        console.print(f"warning: {where}: {listed} not among {of}", style="yellow", highlight=False, markup=False)
+
+
+def sample(path: str | Path, seed: int = 0, *, console: Console | None = None, **changes: Any) -> str:
     """Text by the best parameters (of the first seed) of an earlier run.
 
     Args:
       path: the folder of the run.
       seed: another seed, another text.
+      console: where a person is told of characters or words that the run does not know; None for nowhere.
       **changes: to the config's [sampling].
     """
     config, folder = load_run(path)
@@ -158,9 +197,11 @@ def sample(path: str | Path, seed: int = 0, **changes: Any) -> str:
         sampling = dataclasses.replace(config.sampling, **changes)
     except ValueError as error:
         raise UserError(f"sample: {error}") from None
-    _, params = trained(config, folder)
-    write = language_modelling.load_writer(config, folder)
-    return write(seeds_of(params)[0], sampling, seed)
+    model, words, params = finished.parameters(config, folder)
+    if not words.encode(sampling.prompt):
+        raise UserError(f"sample: the prompt {sampling.prompt!r} has no token in this run's vocabulary; give another.")
+    _warn(console, "the prompt", words.unknown(sampling.prompt), words)
+    return language_modelling.write_sample(model, words, seeds_of(params)[0], sampling, seed)
 
 
 def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:
@@ -257,7 +298,23 @@ def _train(
     if done:
         console.print(f"[dim]going on after batch {done} of {config.steps}[/dim]", highlight=False)
     step = training.make_step(task.loss, training.optimizer(config), config)
-    with open(folder / METRICS, "a", encoding="utf-8") as metrics, Display(console, config, task, done) as display:
+    with (
+        open(folder / METRICS, "a", encoding="utf-8") as metrics,
+        work.shown_on(console) as watch,
+        Display(watch, config, task, done) as display,
+    ):
+        shapes: set[Any] = set()
+
+        def timed(state: training.State, batch: Any) -> Any:
+            """A step; the first of its shape is compiled, which is not the time of training."""
+            shape = tuple(np.shape(array) for array in jax.tree.leaves(batch))
+            if shape in shapes:
+                return step(state, batch)
+            shapes.add(shape)
+            jax.block_until_ready(state)  # the steps before it are training
+            display.compiling()
+            with times.paused():
+                return step(state, batch)
 
         def record(lines: list[dict[str, Any]]) -> None:
             metrics.writelines(json.dumps(line) + "\n" for line in lines)
@@ -277,7 +334,7 @@ def _train(
                 yield batch
 
         return training.fit(
-            state, step, counted, config, evaluate=evaluate, checkpoints=checkpoints, record=record
+            state, timed, counted, config, evaluate=evaluate, checkpoints=checkpoints, record=record
         )  # fmt: skip
 
 
