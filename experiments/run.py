@@ -129,6 +129,8 @@ def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard
     best = checkpoints.best_score()
     params = state.evaluated if best is None else checkpoints.best(state.evaluated)
     checkpoints.close()
+    # What comes from a checkpoint is committed to its device; without that, nothing is compiled a second time.
+    params = jax.device_put(jax.device_get(params))
     result = {"kind": config.kind, **({"quick": True} if config.quick else {}), **task.report(params, folder, console)}
     result |= {
         "parameters": sum(a.size for a in jax.tree.leaves(params)) // config.training.seeds,
@@ -137,7 +139,8 @@ def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard
         "best_step": config.training.steps if best is None else int(best["step"]),
         **(_timing_of(folder) if finished else times.summary()),
     }
-    _curve(folder, config)
+    if not config.quick:
+        _curve(folder, config)
     if config.heads.report:
         _report_heads(config, folder, task, params, console)
     write(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

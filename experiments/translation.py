@@ -229,13 +229,14 @@ def _report(config, corpus, words, model, translate, params, folder: Path, conso
     _show_scores(console, tests, signatures)
     main = next(iter(corpus.tests))
     _show_sample(console, corpus.tests[main], first_outputs[main])
-    shown = examined.of_translator(config, corpus, words, _HEADS_MEASURED_ON)
-    heads = _show_heads(shown, linen.functional(model, seeds[0]), folder, console)
-    return {
+    result = {
         **{name: value for name, value in tests[main].items() if name != "sentences"},
-        "bleu_signature": signatures["bleu"], "chrf_signature": signatures["chrf"],
-        "tests": tests, "heads": heads,
+        "bleu_signature": signatures["bleu"], "chrf_signature": signatures["chrf"], "tests": tests,
     }  # fmt: skip
+    if not config.quick:
+        shown = examined.of_translator(config, corpus, words, _HEADS_MEASURED_ON)
+        result["heads"] = _show_heads(shown, linen.functional(model, seeds[0]), folder, console)
+    return result
 
 
 def mean_and_spread(scores: dict[str, list[float]]) -> dict[str, Any]:

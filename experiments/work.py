@@ -71,6 +71,7 @@ class Watch:
         task = next(task for task in self.bars.tasks if task.id == own)
         left = task.time_remaining
         parts = [f"{int(task.completed):,} of {int(task.total or 0):,} {task.fields['unit']}", task.fields["note"]]
+        parts += [f"for {task.elapsed:,.0f} s"] if task.elapsed else []
         parts += [f"about {left:,.0f} s left"] if left and task.fields["note"] != COMPILING else []
         return f"{task.description}: {' · '.join(filter(None, parts))}"
 
