@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Callable
 
-from experiments import host
+from experiments import extras, host, toml
 from experiments.errors import UserError
 
 _DESCRIPTION = """\
 Run an experiment from a config file, or go on with one from the folder of an earlier run.
 
   python -m experiments configs/grammar.toml
+  python -m experiments configs/grammar.toml --quick
   python -m experiments configs/grammar.toml training.steps=500 model.num_heads=8
   python -m experiments runs/grammar-1a2b3c4d
 
@@ -22,6 +23,7 @@ Other commands:
   python -m experiments heads RUN                         measure what its heads do: RUN/report.html
   python -m experiments translate RUN < sentences.txt     translate lines from standard input
   python -m experiments sample RUN [--prompt TEXT]        let a language model write
+  python -m experiments keys [KIND]                       what may stand in a config, and what it means
   python -m experiments fetch NAME …                      download public data sets
   python -m experiments bench attention                   time it against the other libraries
 """
@@ -50,14 +52,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments",
+        usage="python -m experiments CONFIG [key=value …] [--quick] [--runs FOLDER] [--json] [--tensorboard]\n"
+        "       python -m experiments COMMAND …",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", help="a TOML file, or the folder of a run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="TOML lines that override the config")
-    parser.add_argument("--runs", default="runs", help="where the folders of runs are made (default: runs)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="does it run from end to end? A small model on little data, in less than 20 seconds; its folder begins "
+        "with quick- and its numbers mean nothing",
+    )
+    parser.add_argument(
+        "--runs", metavar="FOLDER", default="runs", help="where the folders of runs are made (default: runs)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, as the last line")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files into the run folder")
     options = parser.parse_intermixed_args(arguments)
+    _no_such_command(options.config)
+    extras.need("experiments")
+    if options.tensorboard:
+        extras.need("tensorboard")
 
     from rich.console import Console
 
@@ -66,8 +84,12 @@ def _run(arguments: list[str]) -> int:
     from experiments import run
     from mhajax import training
 
+    if options.quick:  # compiling is what takes its time
+        import jax
+
+        jax.config.update("jax_disable_most_optimizations", True)
     console = Console(stderr=options.json)
-    config, folder = run.load(options.config, options.overrides, options.runs)
+    config, folder = run.load(options.config, options.overrides, options.runs, small=options.quick)
     console.print(f"[dim]run folder[/dim] {folder}", highlight=False, soft_wrap=True)
     try:
         result = run.run(config, folder, console, tensorboard=options.tensorboard)
@@ -82,6 +104,15 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
+def _no_such_command(word: str) -> None:
+    """Refuse a word that is neither a file nor a command, if a command is near: `heds`."""
+    from pathlib import Path
+
+    near = toml.nearest(word, _COMMANDS)
+    if near and not Path(word).exists():
+        raise UserError(f"{word}: there is no such file, and no such command; did you mean {near}?")
+
+
 def _translate(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments translate", description="Translate lines from standard input to standard output."
@@ -92,11 +123,17 @@ def _translate(arguments: list[str]) -> int:
     if options.beams is not None and options.beams < 1:
         raise UserError(f"--beams must be at least 1, got {options.beams}.")
 
+    extras.need("experiments")
     host.keep_memory()
+
+    from rich.console import Console
 
     from experiments import run
 
-    for line in run.translate(options.run, [line.rstrip("\r\n") for line in sys.stdin], beams=options.beams):
+    if sys.stdin.isatty():
+        print("one sentence a line; end with Ctrl-D", file=sys.stderr)
+    lines = [line.rstrip("\r\n") for line in sys.stdin]
+    for line in run.translate(options.run, lines, beams=options.beams, console=Console(stderr=True)):
         print(line)
     return 0
 
@@ -108,15 +145,18 @@ def _sample(arguments: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--prompt", help="what it goes on from")
     parser.add_argument("--tokens", type=int, help="how much it writes")
-    parser.add_argument("--temperature", type=float, help="below 1: safer, above: wilder")
+    parser.add_argument("--temperature", type=float, help="below 1: safer, above: wilder, 0: greedy")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another text (default: 0)")
     options = parser.parse_args(arguments)
+    extras.need("experiments")
+
+    from rich.console import Console
 
     from experiments import run
 
     given = {name: getattr(options, name) for name in ("prompt", "tokens", "temperature")}
     changes = {name: value for name, value in given.items() if value is not None}
-    print(run.sample(options.run, options.seed, **changes))
+    print(run.sample(options.run, options.seed, console=Console(stderr=True), **changes))
     return 0
 
 
@@ -130,6 +170,7 @@ def _heads(arguments: list[str]) -> int:
     parser.add_argument("--shown", type=int, help="how many of them the page shows with every head")
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     options = parser.parse_args(arguments)
+    extras.need("experiments")
 
     from rich.console import Console
 
@@ -143,6 +184,13 @@ def _heads(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(numbers, ensure_ascii=False))
     return 0
+
+
+def _keys(arguments: list[str]) -> int:
+    extras.need("experiments")
+    from experiments import keys
+
+    return keys.command(arguments)
 
 
 def _fetch(arguments: list[str]) -> int:
@@ -161,6 +209,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "translate": _translate,
     "sample": _sample,
     "heads": _heads,
+    "keys": _keys,
     "fetch": _fetch,
     "bench": _bench,
 }

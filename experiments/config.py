@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments import schema, toml
-from experiments.data import corpora, vocabulary
+from experiments.data import corpora, paths, vocabulary
 from experiments.errors import ConfigError
 from mhajax import language_model, training, translator
 
@@ -89,9 +89,22 @@ class Heads:
 
 @dataclass(frozen=True, kw_only=True)
 class Translation:
-    """`kind = "translation"`: train a translator, report BLEU and chrF, show its heads."""
+    """`kind = "translation"`: train a translator, report BLEU and chrF, show its heads.
+
+    Attributes:
+      kind: what this config is for.
+      quick: set by --quick: of the data only the first sentences are used, and everything says so. Left out: all of it.
+      data: the sentence pairs; a table of one of these kinds.
+      vocabulary: how text becomes numbers.
+      batches: how many sentences are taken at a time.
+      model: the shape of the translator.
+      training: how it is trained.
+      decoding: how it translates.
+      heads: the report about its heads.
+    """
 
     kind: Literal["translation"] = "translation"
+    quick: bool | None = None
     data: corpora.Grammar | corpora.Multi30k | corpora.ParallelFiles = corpora.Grammar()
     vocabulary: vocabulary.Config = vocabulary.Config()
     batches: Batches = Batches()
@@ -126,7 +139,9 @@ class Sampling:
     Attributes:
       prompt: what it goes on from.
       tokens: how much of it.
-      temperature, top_k, top_p: see `mhajax.decoding.sampler`.
+      temperature: below 1 safer, above 1 wilder; 0 is greedy: always the likeliest token.
+      top_k: only so many of the likeliest tokens may come; left out: all.
+      top_p: only the likeliest tokens that together have this probability may come; 1: all.
     """
 
     prompt: str = "\n"
@@ -142,8 +157,8 @@ class Sampling:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}.")
         if self.tokens > 1_000_000:
             raise ValueError(f"tokens must be at most 1,000,000, got {self.tokens:,}.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.top_k is not None and self.top_k < 1:
@@ -152,9 +167,22 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelling:
-    """`kind = "language_model"`: train a language model, report its validation loss, print a sample."""
+    """`kind = "language_model"`: train a language model, report its validation loss, print a sample.
+
+    Attributes:
+      kind: what this config is for.
+      quick: set by --quick: of the text only the beginning is used, and everything says so. Left out: all of it.
+      data: the text; a table of one of these kinds.
+      vocabulary: how text becomes numbers.
+      batches: how much text is taken at a time.
+      model: the shape of the language model.
+      training: how it is trained.
+      sampling: the text that it writes at the end.
+      heads: the report about its heads.
+    """
 
     kind: Literal["language_model"] = "language_model"
+    quick: bool | None = None
     data: corpora.Shakespeare | corpora.TextFile
     vocabulary: vocabulary.Config = field(default_factory=lambda: vocabulary.Config(kind="characters"))
     batches: Windows = Windows()
@@ -171,13 +199,17 @@ LARGEST = 2**31 - 1  # what an int32 holds, and every number here becomes one so
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """The config in a file, with overrides such as `model.num_heads=8`.
 
+    Relative paths of data are those of the config's folder or, if they are not there, of the current one; in an
+    override it is the other way round. In the config that is returned they are absolute.
+
     Raises:
       ConfigError: the file cannot be read, is not TOML, or does not fit the experiment that its `kind` names.
+      DataError: a file of data is in neither folder.
     """
     config = schema.read(path, Experiment, overrides)
     _check_numbers(config, str(path), "")
     _check_paths(config.data, str(path))
-    return config
+    return dataclasses.replace(config, data=paths.absolute(config.data, Path(path).parent, overrides))
 
 
 def _check_numbers(part: Any, where: str, table: str) -> None:

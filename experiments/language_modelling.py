@@ -6,6 +6,7 @@ The model is the Flax module `mhajax.linen.LanguageModel`; it is trained by `mha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from experiments import quick, work
 from experiments.config import LanguageModelling, Sampling
 from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import Vocabulary
@@ -30,10 +32,12 @@ from mhajax import decoding, language_model, linen, losses
 def prepare(config: LanguageModelling, folder: Path) -> Task:
     """Read the text, make the vocabulary (or take the run's own), and put the experiment together."""
     corpus = corpora.text(config.data)
+    if config.quick:
+        corpus = quick.little_text(corpus)
     words = _vocabulary(config, corpus, folder)
     if words.encode(config.sampling.prompt) == []:
         raise ConfigError(f"sampling.prompt {config.sampling.prompt!r} has no token in this vocabulary; give another.")
-    model = linen.LanguageModel(replace(config.model, vocab_size=words.size))
+    model = build_model(config, words)
     train, validation = (np.asarray(words.encode(part), np.int32) for part in (corpus.train, corpus.validation))
     stream = batches.TextBatches(
         train, batch_size=config.batches.size, length=config.batches.length, seed=config.training.seed
@@ -59,7 +63,7 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
         return {**measured, "sample": text}
 
     return Task(
-        init_params=lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"],
+        init_params=initialiser(model),
         loss=partial(_loss, model, config.training.label_smoothing),
         batches=lambda seen: stream.iterate(stream.position(seen)),
         tokens=lambda batch: batch.shape[0] * (batch.shape[1] - 1),
@@ -77,17 +81,23 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
     )
 
 
-def load_writer(config: LanguageModelling, folder: Path):
-    """What writes text with the vocabulary of a run folder: a function (params, sampling, seed) → text."""
-    words = vocabulary.load(folder / VOCABULARY)
-    return partial(write_sample, linen.LanguageModel(replace(config.model, vocab_size=words.size)), words)
+def build_model(config: LanguageModelling, words: Vocabulary) -> linen.LanguageModel:
+    """The Flax module, with the vocabulary's size filled in."""
+    return linen.LanguageModel(replace(config.model, vocab_size=words.size))
+
+
+def initialiser(model: linen.LanguageModel) -> Callable[[jax.Array], Any]:
+    """A function PRNG key → parameters of the module."""
+    return lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def write_sample(model: linen.LanguageModel, words: Vocabulary, params: Any, sampling: Sampling, seed: int) -> str:
     """The prompt and what the model goes on to write, token by token on its cache."""
     prompt = jnp.asarray([words.encode(sampling.prompt)], jnp.int32)
     config = model.config
-    choose = decoding.sampler(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    choose: decoding.Choose = decoding.greedy
+    if sampling.temperature > 0:
+        choose = decoding.sampler(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
 
     @jax.jit
     def write(params: Any) -> jax.Array:
@@ -132,10 +142,11 @@ def _validation_loss(config: LanguageModelling, model: linen.LanguageModel, toke
         return losses.linear_cross_entropy(features, params["embedding"], batch.tokens[:, 1:], real, chunk=1024)
 
     def mean(params: Any) -> float:
-        parts = [
-            jax.device_get(sums(params, batch))
-            for batch in batches.windows(tokens, batch_size=config.batches.size, length=config.batches.length)
-        ]
+        size, length = config.batches.size, config.batches.length
+        parts, count = [], -(-(len(tokens) - 1) // (size * length))
+        windows = batches.windows(tokens, batch_size=size, length=length)
+        for batch in work.each(windows, "validation loss", count, "batches"):
+            parts.append(jax.device_get(sums(params, batch)))
         return sum(float(part.cross_entropy) for part in parts) / sum(float(part.weight) for part in parts)
 
     return mean

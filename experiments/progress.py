@@ -8,34 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments import extras
 from experiments import folder as folders
-from experiments.errors import UserError
 from experiments.task import Task
+from experiments.work import COMPILING, Piece, Watch
 from mhajax import training
 
 
 class Display:
-    """A progress bar on a terminal, a line now and then elsewhere."""
+    """The training as a piece of work, and its evaluations as lines."""
 
-    def __init__(self, console: Console, config: training.Config, task: Task, done: int):
-        self._console, self._config, self._task = console, config, task
-        self._bar = Progress(
-            TextColumn("training"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task_id = self._bar.add_task("training", total=config.steps, completed=done, note="compiling …")
-        self._printed = time.monotonic()
+    def __init__(self, watch: Watch, config: training.Config, task: Task, done: int):
+        self._watch, self._config, self._task = watch, config, task
+        self._piece = Piece(watch, "training", config.steps, "batches", done)
 
     def __enter__(self) -> Display:
-        self._bar.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
+        self._piece.close()
+
+    def compiling(self) -> None:
+        """Batches of a new shape have come."""
+        self._piece.note(COMPILING)
 
     def show(self, lines: list[dict[str, Any]], times: Times) -> None:
         """News: batches, or an evaluation."""
@@ -45,16 +41,13 @@ class Display:
             note = f"loss {np.mean(losses):.3f} · {times.tokens_per_second():,.0f} tokens/s"
             if self._task.epoch:
                 note += f" · epoch {step / self._task.epoch:.1f}"
-            self._bar.update(self._task_id, completed=step, note=note)
-            if not self._console.is_terminal and time.monotonic() - self._printed > 10:
-                self._printed = time.monotonic()
-                self._console.print(f"batch {step} of {self._config.steps} · {note}", highlight=False)
+            self._piece.update(step, note)
         else:
             shown = " · ".join(
                 f"{name.replace('_', ' ')} {np.mean(value):.3f}"
                 for name, value in lines[-1].items() if name not in ("step", "score")
             )  # fmt: skip
-            self._console.print(f"[dim]batch {step}:[/dim] {shown}", highlight=False)
+            self._watch.print(f"[dim]batch {step}:[/dim] {shown}")
 
 
 class Board:
@@ -63,10 +56,9 @@ class Board:
     def __init__(self, folder: Path | None):
         self._writer = None
         if folder is not None:
-            try:
-                from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-            except ImportError:
-                raise UserError('--tensorboard needs a package: pip install -e ".[tensorboard]"') from None
+            extras.need("tensorboard")
+            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
             self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def __enter__(self) -> Board:
@@ -116,7 +108,7 @@ class Times:
         folders.write(self._file, json.dumps(self._saved))
 
     def tokens_per_second(self) -> float:
-        """Real target tokens per second of training (this process), compilation included, evaluation not."""
+        """Real target tokens per second of training (this process), neither compiling nor evaluating included."""
         began = self._began if self._training_began is None else self._training_began
         return self.tokens / max(time.monotonic() - began - self._paused, 1e-9)
 

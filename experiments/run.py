@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 from rich.console import Console
 
 from experiments import config as configs
+from experiments import curve, finished, language_modelling, quick, schema, toml, translation, work
 from experiments import folder as folders
-from experiments import language_modelling, schema, translation
+from experiments.data.vocabulary import Vocabulary
 from experiments.errors import ConfigError, DataError, UserError
 from experiments.folder import CHECKPOINTS, CONFIG, ENVIRONMENT, HEADS, METRICS, ORIGIN, REPORT, RESULT, write
 from experiments.progress import Board, Display, Times
@@ -28,7 +30,7 @@ from mhajax.checkpoints import Checkpoints, Damaged
 _PACKAGES = ("mhajax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "sacrebleu")
 
 
-def load(path: str, overrides: list[str], runs: str) -> tuple[configs.Experiment, Path]:
+def load(path: str, overrides: list[str], runs: str, *, small: bool = False) -> tuple[configs.Experiment, Path]:
     """The config that a person named, with overrides, and the folder of its run.
 
     Args:
@@ -37,24 +39,28 @@ def load(path: str, overrides: list[str], runs: str) -> tuple[configs.Experiment
       runs: where run folders are made. A run's folder is named after its config file and a hash of every value in it,
         so the same command always finds the same folder. An earlier run continued with other values has a folder of
         its own beside that run's, which stays as it is.
+      small: a quick look at the config, see `experiments.quick`; the name of its folder begins with "quick-".
     """
     folder = Path(path)
     if _is_run(folder):
+        if small:
+            raise UserError(f"--quick looks at a config file; {folder} is a run, which is what it is.")
         own = load_run(folder)[0]
         config = configs.read(folder / CONFIG, overrides)
         return config, folder if config == own else folders.continued(folder, schema.to_toml(config))
     if _is_folder(folder):
-        raise ConfigError(f"{folder}: expected a config file or the folder of a run, got a folder without {CONFIG}.")
+        raise ConfigError(f"{folder}: this folder has no {CONFIG}, so it is no run; give a config file or a run.")
     config = configs.read(folder, overrides)
-    return config, Path(runs) / folders.name(folder.stem, schema.to_toml(config))
+    config = quick.shrink(config) if small else config
+    stem = f"quick-{folder.stem}" if config.quick else folder.stem
+    return config, Path(runs) / folders.name(stem, schema.to_toml(config))
 
 
 def load_run(path: str | Path) -> tuple[configs.Experiment, Path]:
     """The config and the folder of an earlier run."""
     folder = Path(path)
     if not _is_run(folder):
-        raise UserError(f"{folder}: expected the folder of a run, got {'one' if _is_folder(folder) else 'no folder'} "
-                        f"without {CONFIG}.")  # fmt: skip
+        raise UserError(f"{folder}: {_not_a_run(folder)}")
     folders.check(folder)
     return configs.read(folder / CONFIG), folder
 
@@ -68,6 +74,21 @@ def _is_folder(folder: Path) -> bool:
         return folder.is_dir()
     except (OSError, ValueError):  # a name too long, or with a NUL
         return False
+
+
+def _not_a_run(folder: Path) -> str:
+    if _is_folder(folder):
+        return f"this folder has no {CONFIG}, so it is not the folder of a run."
+    try:
+        there = folder.exists()
+    except (OSError, ValueError):
+        return "this cannot be the name of a folder; give the folder of a run, which a run prints as its first line."
+    if there:
+        return "this is a file; give the folder of a run, which a run prints as its first line."
+    where = folder.absolute().parent
+    runs = [file.parent.name for file in where.glob(f"*/{CONFIG}")] if where.is_dir() else []
+    near = toml.nearest(folder.name, runs)
+    return f"there is no such folder in {where}" + (f"; did you mean {folder.with_name(near)}?" if near else ".")
 
 
 def prepare(config: configs.Experiment, folder: Path) -> Task:
@@ -90,14 +111,17 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
     Returns:
       What stands in result.json.
     """
-    with folders.opened(folder):
+    with folders.opened(folder), work.shown_on(console):
         return _run(config, folder, console, tensorboard)
 
 
 def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard: bool) -> dict[str, Any]:
     times = Times(folder)
     origin = _begin(config, folder)
-    task = prepare(config, folder)
+    if config.quick:
+        console.print("[bold]a quick look[/bold]: a small model on little data; its numbers mean nothing")
+    with work.piece("reading the data, making the vocabulary", 1, "step", note=""):
+        task = prepare(config, folder)
     _same_data(folder, task)
     state, checkpoints = _latest(config.training, task, folder)
     if origin is not None and not (folder / CONFIG).is_file():
@@ -107,21 +131,24 @@ def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard
     write(folder / ENVIRONMENT, json.dumps(_environment(task, folder), indent=2) + "\n")
     for note in task.notes:
         console.print(note, style="dim", highlight=False, soft_wrap=True)
-    finished = (folder / RESULT).is_file() and int(state.step) >= config.training.steps
+    was_finished = (folder / RESULT).is_file() and int(state.step) >= config.training.steps
     with Board(folder if tensorboard else None) as board:
         state = _train(config.training, task, state, checkpoints, folder, console, times, board)
     console.print()
-    params, best_step = _chosen(checkpoints, state)
-    result = {"kind": config.kind, **task.report(params, folder, console)}
+    params, best_step = finished.chosen(checkpoints, state)
+    # What comes from a checkpoint is committed to its device; without that, nothing is compiled a second time.
+    params = jax.device_put(jax.device_get(params))
+    result = {"kind": config.kind, **({"quick": True} if config.quick else {}), **task.report(params, folder, console)}
     result |= {
         "parameters": sum(a.size for a in jax.tree.leaves(params)) // config.training.seeds,
         "seeds": config.training.seeds,
         "steps": config.training.steps,
         "best_step": best_step,
         **({} if origin is None else {"continued_from": origin}),
-        **((_timing_of(folder) if finished else None) or times.summary()),
+        **((_timing_of(folder) if was_finished else None) or times.summary()),
     }
-    _curve(folder, config, console)
+    if not config.quick:
+        curve.draw(folder, config, console)
     if config.heads.report:
         _report_heads(config, folder, task, params, console)
     write(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -153,7 +180,7 @@ def _begin(config: configs.Experiment, folder: Path) -> dict[str, Any] | None:
             "new run from the config file."
         )
     folders.copy(source, folder)
-    step = _asked(Checkpoints(folder / CHECKPOINTS).latest_step)
+    step = finished.asked(Checkpoints(folder / CHECKPOINTS).latest_step)
     if step is None:
         raise ConfigError(f"{source}: nothing is trained here yet, so there is nothing to go on from with other "
                           "values; start from the config file with them.")  # fmt: skip
@@ -164,48 +191,45 @@ def _begin(config: configs.Experiment, folder: Path) -> dict[str, Any] | None:
     return {"run": source.name, "step": step, "config_sha256": folders.digest(schema.to_toml(own)), **before}
 
 
-def _asked(question: Callable[..., Any], *arguments: Any) -> Any:
-    """What checkpoints answer; their refusals as mistakes told without a traceback."""
-    try:
-        return question(*arguments)
-    except Damaged as error:
-        raise DataError(str(error)) from None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _chosen(checkpoints: Checkpoints, state: training.State) -> tuple[Any, int]:
-    """The best parameters, or the last where no evaluation found any, and their step."""
-    best = _asked(checkpoints.best_score)
-    if best is None:
-        return state.evaluated, int(state.step)
-    return _asked(checkpoints.best, state.evaluated), int(best["step"])
-
-
-def translate(path: str | Path, sentences: Sequence[str], *, beams: int | None = None) -> list[str]:
+def translate(
+    path: str | Path, sentences: Sequence[str], *, beams: int | None = None, console: Console | None = None
+) -> list[str]:
     """Translations of sentences by the best parameters (of the first seed) of an earlier run; empty lines stay empty.
 
     Args:
       path: the folder of the run.
       sentences: one sentence each.
       beams: other than the config's; 1 is greedy.
+      console: where a person is told of words that the run does not know, and how far it is; None for nowhere.
     """
     config, folder = load_run(path)
     if not isinstance(config, configs.Translation):
         raise UserError(f"{folder}: this run is a {config.kind}, not a translation; use: sample {folder}")
-    _, params = trained(config, folder)
+    model, words, params = finished.parameters(config, folder)
     wanted = [sentence for sentence in sentences if sentence.strip()]
-    translator = translation.load_translator(config, folder)
-    outputs = iter(translator(seeds_of(params)[0], wanted, beams=beams) if wanted else [])
+    translator = translation.Translator(config, model, words)
+    for number, sentence in enumerate(sentences, start=1):
+        _warn(console, f"line {number}", words.unknown(sentence), words)
+    with contextlib.nullcontext() if console is None else work.shown_on(console):
+        outputs = iter(translator(seeds_of(params)[0], wanted, beams=beams) if wanted else [])
     return [next(outputs) if sentence.strip() else "" for sentence in sentences]
 
 
-def sample(path: str | Path, seed: int = 0, **changes: Any) -> str:
+def _warn(console: Console | None, where: str, unknown: list[str], words: Vocabulary) -> None:
+    """Tell of what a vocabulary does not know, which a model reads as one and the same unknown token."""
+    if console is not None and unknown:
+        listed = ", ".join(map(repr, unknown[:8])) + (" …" if len(unknown) > 8 else "")
+        of = f"the {words.size:,} {words.unit}s that this run knows"
+        console.print(f"warning: {where}: {listed} not among {of}", style="yellow", highlight=False, markup=False)
+
+
+def sample(path: str | Path, seed: int = 0, *, console: Console | None = None, **changes: Any) -> str:
     """Text by the best parameters (of the first seed) of an earlier run.
 
     Args:
       path: the folder of the run.
       seed: another seed, another text.
+      console: where a person is told of characters or words that the run does not know; None for nowhere.
       **changes: to the config's [sampling].
     """
     config, folder = load_run(path)
@@ -215,9 +239,11 @@ def sample(path: str | Path, seed: int = 0, **changes: Any) -> str:
         sampling = dataclasses.replace(config.sampling, **changes)
     except ValueError as error:
         raise UserError(f"sample: {error}") from None
-    _, params = trained(config, folder)
-    write = language_modelling.load_writer(config, folder)
-    return write(seeds_of(params)[0], sampling, seed)
+    model, words, params = finished.parameters(config, folder)
+    if not words.encode(sampling.prompt):
+        raise UserError(f"sample: the prompt {sampling.prompt!r} has no token in this run's vocabulary; give another.")
+    _warn(console, "the prompt", words.unknown(sampling.prompt), words)
+    return language_modelling.write_sample(model, words, seeds_of(params)[0], sampling, seed)
 
 
 def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:
@@ -269,7 +295,7 @@ def trained(config: configs.Experiment, folder: Path) -> tuple[Task, Any]:
     state, checkpoints = _latest(config.training, task, folder)
     if int(state.step) == 0:
         raise UserError(f"{folder}: nothing is trained here yet; python -m experiments {folder} trains it.")
-    return task, _chosen(checkpoints, state)[0]
+    return task, finished.chosen(checkpoints, state)[0]
 
 
 def _timing_of(folder: Path) -> dict[str, float] | None:
@@ -288,14 +314,14 @@ def _new_state(config: training.Config, task: Task) -> training.State:
 def _latest(config: training.Config, task: Task, folder: Path) -> tuple[training.State, Checkpoints]:
     """The latest state of the run, or a new one."""
     checkpoints = Checkpoints(folder / CHECKPOINTS)
-    if _asked(checkpoints.latest_step) is None:
+    if finished.asked(checkpoints.latest_step) is None:
         if (folder / RESULT).is_file():
             raise DataError(
                 f"{folder}: there is a {RESULT}, but what was trained is gone from {folder / CHECKPOINTS}. Bring it "
                 f"back from a copy, or delete {RESULT} to train again."
             )
         return _new_state(config, task), checkpoints
-    return _asked(checkpoints.restore, jax.eval_shape(lambda: _new_state(config, task))), checkpoints
+    return finished.asked(checkpoints.restore, jax.eval_shape(lambda: _new_state(config, task))), checkpoints
 
 
 def _train(
@@ -312,7 +338,23 @@ def _train(
     if done:
         console.print(f"[dim]going on after batch {done} of {config.steps}[/dim]", highlight=False)
     step = training.make_step(task.loss, training.optimizer(config), config)
-    with open(folder / METRICS, "a", encoding="utf-8") as metrics, Display(console, config, task, done) as display:
+    with (
+        open(folder / METRICS, "a", encoding="utf-8") as metrics,
+        work.shown_on(console) as watch,
+        Display(watch, config, task, done) as display,
+    ):
+        shapes: set[Any] = set()
+
+        def timed(state: training.State, batch: Any) -> Any:
+            """A step; the first of its shape is compiled, which is not the time of training."""
+            shape = tuple(np.shape(array) for array in jax.tree.leaves(batch))
+            if shape in shapes:
+                return step(state, batch)
+            shapes.add(shape)
+            jax.block_until_ready(state)  # the steps before it are training
+            display.compiling()
+            with times.paused():
+                return step(state, batch)
 
         def record(lines: list[dict[str, Any]]) -> None:
             metrics.writelines(json.dumps(line) + "\n" for line in lines)
@@ -333,38 +375,13 @@ def _train(
 
         try:
             return training.fit(
-                state, step, counted, config, evaluate=evaluate, checkpoints=checkpoints, record=record
+                state, timed, counted, config, evaluate=evaluate, checkpoints=checkpoints, record=record
             )  # fmt: skip
         except Damaged as error:
             raise DataError(str(error)) from None
         except training.NonFinite as error:
             examples = task.examples(error.batch - 1)
             raise training.NonFinite(f"{error} Batch {error.batch} has {examples}.", error.batch) from None
-
-
-def _curve(folder: Path, config: configs.Experiment, console: Console) -> None:
-    """The figure of the training loss and of every evaluation."""
-    from mhajax import figures
-
-    lines = folders.lines(folder / METRICS)
-    training_lines = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "validation_loss" in line]
-    if not training_lines:
-        console.print(f"{folder / METRICS} has no batches: no figure of the training", style="dim", soft_wrap=True)
-        return
-    every = max(len(training_lines) // 200, 1)
-    chunks = [training_lines[i : i + every] for i in range(0, len(training_lines), every)]
-    series = {"training": ([chunk[-1]["step"] for chunk in chunks], [_mean(chunk, "loss") for chunk in chunks])}
-    if evaluations:
-        series["validation"] = (
-            [line["step"] for line in evaluations], [float(np.mean(line["validation_loss"])) for line in evaluations]
-        )  # fmt: skip
-    drawing = figures.training_curve(series, title=f"{config.kind.replace('_', ' ')}: loss", ylabel="nats per token")
-    figures.save(drawing, folder / "figures" / "training")
-
-
-def _mean(lines: Iterable[dict[str, Any]], name: str) -> float:
-    return float(np.mean([line[name] for line in lines]))
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -278,6 +278,8 @@ def _convert(value: Any, hint: Any, path: str, source: _Source, default: Any = d
 
 def _choice(value: Any, literal: Any, path: str, source: _Source) -> Any:
     allowed = get_args(literal)
+    if isinstance(value, toml.Unquoted) and value in allowed:  # what is meant is clear without quotes
+        return str(value)
     for item in allowed:
         if type(item) is type(value) and item == value:
             return item
@@ -341,6 +343,9 @@ def _unknown_keys(table: dict, schema: type, path: str, source: _Source) -> Conf
         elif key not in homes:
             ending = f"\nThe keys of {f'[{path}]' if path else 'the top level'} are {', '.join(known) or 'none'}."
         lines.append(line)
+    if _join(path, "kind") in source.overrides and path:
+        whole = f"{path}={{kind = {toml.literal(table['kind'])}}}"
+        ending += f"\nThe file's [{path}] is of another kind; to replace all of it write '{whole}'."
     if len(lines) == 1:
         return source.error(_join(path, unknown[0]), lines[0] + ending)
     return source.error(path, f"{len(lines)} unknown keys:\n  " + "\n  ".join(lines) + ending)

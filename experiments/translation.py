@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments import quick, work
 from experiments.config import Translation
 from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import BOS, EOS, Vocabulary
@@ -30,6 +31,8 @@ _HEADS_MEASURED_ON = 200  # sentences
 def prepare(config: Translation, folder: Path) -> Task:
     """Read the data, make the vocabulary (or take the run's own), and put the experiment together."""
     corpus = corpora.parallel(config.data)
+    if config.quick:
+        corpus = quick.few_pairs(corpus)
     words = _vocabulary(config, corpus, folder)
     model = build_model(config, words)
     pairs = _ids(words, corpus.train)
@@ -61,7 +64,7 @@ def prepare(config: Translation, folder: Path) -> Task:
             "(the last of batches.boundaries) and left out"
         )
     return Task(
-        init_params=partial(_init_params, model),
+        init_params=initialiser(model),
         loss=partial(_loss, model, config.training.label_smoothing),
         batches=lambda seen: training_batches.iterate(training_batches.position(seen)),
         tokens=lambda batch: int(batch.target_lengths.sum()),
@@ -83,10 +86,9 @@ def build_model(config: Translation, words: Vocabulary) -> linen.Translator:
     return linen.Translator(replace(config.model, vocab_size=words.size))
 
 
-def load_translator(config: Translation, folder: Path) -> Translator:
-    """What translates text with the vocabulary of a run folder; its parameters are passed at each call."""
-    words = vocabulary.load(folder / VOCABULARY)
-    return Translator(config, build_model(config, words), words)
+def initialiser(model: linen.Translator) -> Callable[[jax.Array], Any]:
+    """A function PRNG key → parameters of the module."""
+    return partial(_init_params, model)
 
 
 def bleu(outputs: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
@@ -137,12 +139,15 @@ class Translator:
         ids = self._words.encode_all(sentences)
         outputs = [""] * len(sentences)
         rows = min(settings.batch, len(sentences))
-        for batch in batches.evaluation_batches(ids, batch_size=rows, boundaries=self._config.batches.boundaries):
-            longest = batch.source.shape[1] * 3 // 2 + 8
-            tokens = self._decode(params, batch.source, batch.source_lengths, beams=beams, length=longest)
-            for number, output in zip(batch.index, np.asarray(tokens), strict=True):
-                if number >= 0:
-                    outputs[number] = self._words.decode(output)
+        boundaries = self._config.batches.boundaries
+        with work.piece("translating", len(sentences), "sentences") as piece:
+            for batch in batches.evaluation_batches(ids, batch_size=rows, boundaries=boundaries):
+                longest = batch.source.shape[1] * 3 // 2 + 8
+                tokens = self._decode(params, batch.source, batch.source_lengths, beams=beams, length=longest)
+                for number, output in zip(batch.index, np.asarray(tokens), strict=True):
+                    if number >= 0:
+                        outputs[number] = self._words.decode(output)
+                piece.advance(int((batch.index >= 0).sum()))
         return outputs
 
     def _decode_batch(self, params, source, source_lengths, *, beams, length):
@@ -210,10 +215,11 @@ def _validation_loss(config: Translation, model: linen.Translator) -> Callable[[
 
     def mean(params: Any, pairs: Sequence) -> tuple[float, float]:
         rows = min(config.decoding.batch, len(pairs))
-        parts = [
-            jax.device_get(sums(params, batch))
-            for batch in batches.evaluation_pairs(pairs, batch_size=rows, boundaries=config.batches.boundaries)
-        ]
+        parts, boundaries = [], config.batches.boundaries
+        with work.piece("validation loss", len(pairs), "sentences") as piece:
+            for batch in batches.evaluation_pairs(pairs, batch_size=rows, boundaries=boundaries):
+                parts.append(jax.device_get(sums(params, batch)))
+                piece.advance(int((batch.index >= 0).sum()))
         weight = sum(float(part.weight) for part in parts)
         return tuple(sum(float(getattr(p, name)) for p in parts) / weight for name in ("cross_entropy", "correct"))  # pyright: ignore
 
@@ -240,13 +246,14 @@ def _report(config, corpus, words, model, translate, params, folder: Path, conso
     _show_scores(console, tests, signatures)
     main = next(iter(corpus.tests))
     _show_sample(console, corpus.tests[main], first_outputs[main])
-    shown = examined.of_translator(config, corpus, words, _HEADS_MEASURED_ON)
-    heads = _show_heads(shown, linen.functional(model, seeds[0]), folder, console)
-    return {
+    result = {
         **{name: value for name, value in tests[main].items() if name != "sentences"},
-        "bleu_signature": signatures["bleu"], "chrf_signature": signatures["chrf"],
-        "tests": tests, "heads": heads,
+        "bleu_signature": signatures["bleu"], "chrf_signature": signatures["chrf"], "tests": tests,
     }  # fmt: skip
+    if not config.quick:
+        shown = examined.of_translator(config, corpus, words, _HEADS_MEASURED_ON)
+        result["heads"] = _show_heads(shown, linen.functional(model, seeds[0]), folder, console)
+    return result
 
 
 def mean_and_spread(scores: dict[str, list[float]]) -> dict[str, Any]:

@@ -142,11 +142,13 @@ def test_by_layer_table_and_lines():
     assert header == ("measure", "layer", "head", "value", "baseline") and len(rows) == 2 * 3 * 5
     assert all(np.float32(row[3]) == values[row[1], row[2]] and row[4] == "" for row in rows[:15])
     assert [row[:3] + row[4:] for row in rows[15:21:5]] == [("entropy", 0, 0, 1.0), ("entropy", 1, 0, 2.0)]
-    dots, mean, dashed = drawing.figure.axes[1].get_lines()
+    (dots,) = drawing.figure.axes[1].get_lines()
     np.testing.assert_array_equal(dots.get_ydata(), 2 * values.ravel())
-    np.testing.assert_allclose(mean.get_ydata(), 2 * values.mean(1))
-    np.testing.assert_array_equal(dashed.get_ydata(), uniform)
-    assert len(drawing.figure.axes[0].get_lines()) == 2
+    bars = [np.stack(bar.get_segments()) for bar in drawing.figure.axes[1].collections]  # [L, ends, (x, y)]
+    for bar, height in zip(bars, (2 * values.mean(1), uniform), strict=True):
+        np.testing.assert_allclose(bar[:, :, 1], np.stack([height, height], -1))
+        np.testing.assert_array_equal(np.rint(bar[:, :, 0]), [[0, 0], [1, 1], [2, 2]])  # each within its layer
+    assert len(drawing.figure.axes[0].collections) == 1
     assert "dashed: uniform attention" in drawing.figure.texts[1].get_text()
 
 

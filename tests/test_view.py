@@ -239,6 +239,11 @@ def shown(given):
     return np.rint(given * 255) / 255
 
 
+def pictured(given):
+    """Weights as a small picture has them: small ones can still be seen."""
+    return np.rint(255 * np.sqrt(shown(given)))
+
+
 def numbers(row):
     return [f"{weight:.2f}" if weight >= 0.005 else "" for weight in row]
 
@@ -251,7 +256,7 @@ def test_it_starts_with_the_first_head_that_has_a_note(opened):
     assert {link for link, _, _ in seen["lines"]} == {f"{t} {s}" for t, s in np.argwhere(values >= 0.03)}
     assert seen["gold"] == seen["cells_gold"] == ["1 3", "4 0"]
     assert [len(picture) for picture in seen["pictures"]] == [T * S] * L * N
-    np.testing.assert_array_equal(np.array(seen["pictures"]).reshape(CROSS.shape) / 255, shown(CROSS))
+    np.testing.assert_array_equal(np.array(seen["pictures"]).reshape(CROSS.shape), pictured(CROSS))
     cells = [[re.sub("^0|1.00", lambda m: m[0][1:2] and "1", f"{w:.2f}") for w in row] for row in values]
     assert seen["cells"] == cells
 
@@ -326,7 +331,7 @@ def test_choosing_heads_layers_kinds_and_sentences(opened):
     find(opened, "option", "second").click()
     seen = look(opened)
     assert seen["chosen"] == [0, 1, 2, 3, 4, 5] and seen["gold"] == []
-    np.testing.assert_array_equal(np.array(seen["pictures"]).reshape(OTHER.shape) / 255, shown(OTHER))
+    np.testing.assert_array_equal(np.array(seen["pictures"]).reshape(OTHER.shape), pictured(OTHER))
 
 
 def test_acting_on_one_view_leaves_the_other_alone(opened):

@@ -55,7 +55,8 @@ class ParallelFiles:
       validation_source, validation_target: to choose the best parameters by; None: the last `hold_out` training pairs
         before those of the test.
       test_source, test_target: to report on; None: the last `hold_out` training pairs.
-      hold_out: pairs taken from the end of the training files for what is not given.
+      hold_out: pairs taken from the end of the training files for each part that is not given; left out: a tenth of
+        them, at most 500.
     """
 
     train_source: str
@@ -64,14 +65,14 @@ class ParallelFiles:
     validation_target: str | None = None
     test_source: str | None = None
     test_target: str | None = None
-    hold_out: int = 500
+    hold_out: int | None = None
     kind: Literal["files"] = "files"
 
     def __post_init__(self):
         for name in ("validation", "test"):
             if (getattr(self, f"{name}_source") is None) != (getattr(self, f"{name}_target") is None):
                 raise ValueError(f"{name}_source and {name}_target must be given together, or neither.")
-        if self.hold_out < 1:
+        if self.hold_out is not None and self.hold_out < 1:
             raise ValueError(f"hold_out must be at least 1, got {self.hold_out}.")
 
 
@@ -173,16 +174,17 @@ def _(data: Multi30k) -> ParallelCorpus:
 def _(data: ParallelFiles) -> ParallelCorpus:
     read = _Reader()
     train = read.pairs("train", Path(data.train_source), Path(data.train_target))
+    hold_out = min(500, max(1, len(train) // 10)) if data.hold_out is None else data.hold_out
     held_out = {}
     for name in ("test", "validation"):
         source, target = getattr(data, f"{name}_source"), getattr(data, f"{name}_target")
         if source is not None and target is not None:
             held_out[name] = read.pairs(name, Path(source), Path(target))
         else:
-            train, held_out[name] = train[: -data.hold_out], train[-data.hold_out :]
+            train, held_out[name] = train[:-hold_out], train[-hold_out:]
     if not train:
         raise DataError(
-            f"{data.train_source}: no sentence is left to train on after data.hold_out={data.hold_out} were taken for "
+            f"{data.train_source}: no sentence is left to train on after data.hold_out={hold_out} were taken for "
             "validation or test; give more text, a smaller data.hold_out, or files of their own for those."
         )
     return ParallelCorpus(train, held_out["validation"], {"test": held_out["test"]}, read.hashes, {})

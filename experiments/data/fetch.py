@@ -209,8 +209,14 @@ def _fetch_with_progress(name: str, root: Path) -> Path:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks = {file.path: progress.add_task(file.path, total=file.size) for file in DATA_SETS[name].files}
-        return fetch(name, root, report=lambda path, done, total: progress.update(tasks[path], completed=done))
+        tasks = {}
+
+        def report(path: str, done: int, total: int) -> None:
+            if path not in tasks:  # there is a bar when there are bytes, not before: without a network there are none
+                tasks[path] = progress.add_task(path, total=total)
+            progress.update(tasks[path], completed=done)
+
+        return fetch(name, root, report=report)
 
 
 def _description(name: str, root: Path) -> str:

@@ -62,6 +62,17 @@ class Vocabulary:
         """V, the number of entries: ids are 0 ... V - 1."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def unit(self) -> str:
+        """What one entry is, for a reader: "word", "character" or, where it may be part of a word, "token"."""
+        return {"words": "word", "characters": "character"}.get(self.kind, "token")
+
+    def unknown(self, text: str) -> list[str]:
+        """What in a text this vocabulary does not know, each once, in the order of the text; "bpe" knows all."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        found = (text[slice(*place)] for id, place in zip(encoding.ids, encoding.offsets, strict=True) if id <= UNK)
+        return list(dict.fromkeys(found))
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without BOS or EOS.
 

@@ -74,7 +74,7 @@ def costs(model: Examined, seed: int = 0) -> Callable[[Any], Costs]:
 
     def run(params: Any) -> Costs:
         lost, slope, counts, number = [], [], [], []
-        for batch in model.batches:
+        for batch in model.watched("the loss without each head"):
             predicted, real = model.predicted(batch), model.index(batch) >= 0
             found = jax.device_get((removed(params, batch, predicted), slopes(params, batch, predicted)))
             found = jax.tree.map(lambda a, real=real: a[real], found)
@@ -109,7 +109,7 @@ def costs(model: Examined, seed: int = 0) -> Callable[[Any], Costs]:
         """[removals + 1, sentences]; orders are for sentences of even and of odd number."""
         places = np.argsort(np.stack(orders), axis=-1)  # when each head goes
         found = []
-        for batch in model.batches:
+        for batch in model.watched("the loss without more and more heads"):
             index = model.index(batch)
             curve = np.asarray(along(params, batch, model.predicted(batch), places[index % 2]))
             found.append(curve[:, index >= 0])

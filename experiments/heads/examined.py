@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from experiments import work
 from experiments.config import LanguageModelling, Translation
 from experiments.data import batches, corpora
 from experiments.data.grammar import Pair
@@ -67,6 +68,8 @@ class Examined(NamedTuple):
     Attributes:
       kinds: the attentions.
       origin: what its sentences are, for a reader.
+      unit: what a token is, for a reader: "word", "character" or "token".
+      sequence: what a row of a batch is: "sentence" or "window".
       batches: the held-out sentences.
       index: batch → [B] number of the sentence.
       capture: (params, batch, names) → {kind: {name: [L, B, N, …]}}.
@@ -85,6 +88,8 @@ class Examined(NamedTuple):
 
     kinds: tuple[Kind, ...]
     origin: str
+    unit: str
+    sequence: str
     batches: list[Any]
     index: Callable[[Any], np.ndarray]
     capture: Callable[[Any, Any, Sequence[str]], dict[str, dict[str, Array]]]
@@ -102,6 +107,13 @@ class Examined(NamedTuple):
     def rows(self, batch: Any) -> list[int]:
         """The rows of a batch that are sentences."""
         return [int(row) for row in np.flatnonzero(self.index(batch) >= 0)]
+
+    def watched(self, what: str) -> Iterator[Any]:
+        """The batches, shown as a piece of work of so many sentences."""
+        with work.piece(what, sum(len(self.rows(batch)) for batch in self.batches), f"{self.sequence}s") as piece:
+            for batch in self.batches:
+                yield batch
+                piece.advance(len(self.rows(batch)))
 
     @property
     def gates(self) -> dict[str, Array]:
@@ -122,7 +134,7 @@ def of_translator(config: Translation, corpus: corpora.ParallelCorpus, words: Vo
     both = list(zip(sources, targets, strict=True))
     held_out = list(batches.evaluation_pairs(both, batch_size=rows, boundaries=(longest,)))
     relations = gold.RELATIONS if annotated else ()
-    categories = ("all words", *(gold.CATEGORIES if annotated else ()))
+    categories = (f"all {words.unit}s", *(gold.CATEGORIES if annotated else ()))
 
     def sentences_of(batch) -> list[Pair | None]:
         return [None if annotated is None or n < 0 else annotated[n] for n in batch.index]
@@ -183,6 +195,7 @@ def of_translator(config: Translation, corpus: corpora.ParallelCorpus, words: Vo
     )
     return Examined(
         kinds=kinds, origin="test sentences, neither trained on nor used to choose the parameters",
+        unit=words.unit, sequence="sentence",
         batches=held_out, index=lambda batch: batch.index, capture=capture, visible=visible, tokens=tokens,
         losses=losses, ablated=ablated, predicted=predicted, categories=categories,
         right=lambda batch: {r.key: gold.keys(r, sentences_of(batch), visible(batch)[r.kind]) for r in relations},
@@ -243,10 +256,12 @@ def of_language_model(
     return Examined(
         kinds=(Kind("self", "Attention of the text to itself", shape.num_layers, shape.num_heads),),
         origin="windows of the validation text, which was not trained on, but whose loss chose the best parameters",
+        unit=words.unit, sequence="window",
         batches=held_out, index=lambda batch: batch.index, capture=capture,
         visible=lambda batch: {"self": real(batch)[:, :, None] & np.tril(np.ones((length, length), bool))},
         tokens=lambda batch: {"self": (batch.tokens[:, :-1],) * 2},
-        losses=losses, ablated=ablated, predicted=lambda batch: real(batch)[..., None], categories=("all tokens",),
+        losses=losses, ablated=ablated, predicted=lambda batch: real(batch)[..., None],
+        categories=(f"all {words.unit}s",),
         right=lambda batch: {}, relations=(), rules=lambda batch, relation: {}, sentence=sentence,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from scipy import stats
 
+from experiments import work
 from experiments.heads import costs, measure
 from experiments.heads.costs import Costs
 from experiments.heads.examined import Examined
@@ -98,18 +99,17 @@ def examine(model: Examined, trained: Sequence[Any], untrained: Sequence[Any], c
       console: for progress.
     """
     look, cost = measure.looks(model), costs.costs(model)
-    seen: list[Looks] = []
-    before: list[Looks] = []
-    worth: list[Costs] = []
-    with console.status("looking at heads") as status:
-        for seed, params in enumerate(trained):
-            status.update(f"seed {seed + 1} of {len(trained)}: where its heads look")
+    seen, before, worth = list[Looks](), list[Looks](), list[Costs]()
+    with work.shown_on(console), work.piece("measuring heads", 3 * len(trained) + 1, "steps", note="") as steps:
+        for params, early in zip(trained, untrained, strict=True):
             seen.append(look(params))
-            before.append(look(untrained[seed]))
-            status.update(f"seed {seed + 1} of {len(trained)}: what its heads are worth")
+            steps.advance()
+            before.append(look(early))
+            steps.advance()
             worth.append(cost(params))
-        status.update("statistics")
-        return _findings(model, seen, before, worth)
+            steps.advance()
+        with work.piece("intervals", 1, "step", note=""):
+            return _findings(model, seen, before, worth)
 
 
 def of_one(model: Examined, params: Any) -> dict[str, dict[str, Measure]]:

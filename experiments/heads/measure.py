@@ -63,7 +63,7 @@ def looks(model: Examined) -> Callable[[Any], Looks]:
 
     def run(params: Any) -> Looks:
         found = []
-        for batch in model.batches:
+        for batch in model.watched("where heads look"):
             visible = model.visible(batch)
             sums, heads = jax.device_get(step(params, batch, visible, model.tokens(batch), _right(model, batch)))
             outputs = {
@@ -86,7 +86,7 @@ def brief(model: Examined, params: Any) -> tuple[Tallies, dict[Asked, Tally]]:
 
     found = [
         _of_sentences(model, batch, jax.device_get(step(params, batch, model.visible(batch), _right(model, batch))))
-        for batch in model.batches
+        for batch in model.watched("where heads look")
     ]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 

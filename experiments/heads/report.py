@@ -20,6 +20,7 @@ from mhajax.heads import matching
 from mhajax.heads.statistics import Measure
 
 Drawings = dict[str, Drawing]
+VIEWED = 128  # words of a sentence that the view shows at most; the weights of all heads grow with its square
 _ACROSS = {"encoder": "encoder", "decoder": "decoder", "cross": "across", "self": "attention"}
 
 
@@ -42,12 +43,12 @@ def make(model: Examined, found: Findings, trained: Sequence[Any], name: str, sh
         _alignment(page, model, found, trained[0], drawings, seeds)
     _near_and_far(page, model, found, drawings, seeds)
     _lost(page, model, found, of_seed, drawings)
-    _pruned(page, found, drawings, heads, seeds)
+    _pruned(page, model, found, drawings, heads, seeds)
     if found.stability:
         _stable(page, model, found, drawings)
     _different(page, model, found, drawings)
     _view(page, model, trained[0], of_seed, shown)
-    _method(page, seeds, sentences, model.origin)
+    _method(page, model, seeds, sentences, _has_roles(of_seed))
     return page, drawings
 
 
@@ -58,7 +59,7 @@ def _lead(model: Examined, found: Findings, seeds: int, heads: int, sentences: i
         else f"One model, {heads} heads"
     )
     needed, removable = found.needed[model.categories[0]], found.removable[TOLERATED[-1]]
-    lines = [f"{models}, measured on {sentences} held-out sentences."]
+    lines = [f"{models}, measured on {sentences} held-out {model.sequence}s."]
     followed = [answer for answer in found.relations if not answer.part and answer.found.difference.low > 0]
     asked = [answer for answer in found.relations if not answer.part]
     if asked:
@@ -163,12 +164,12 @@ def _relation_table(answers: Sequence[Relation], seeds: int) -> tuple[list[str |
 def _near_and_far(page: Page, model: Examined, found: Findings, drawings: Drawings, seeds: int) -> None:
     section = page.section("Near and far")
     section.text(
-        "Distance: tokens between a query and what it looks at. Entropy: 0 is one key, 1 all visible keys alike. "
-        "The baseline is uniform attention to the same keys."
+        f"Distance: {model.unit}s between a query and what it looks at. Entropy: 0 is one key, 1 all visible keys "
+        "alike. The baseline is uniform attention to the same keys."
     )
     for kind in model.kinds:
         measures = found.heads[kind.name]
-        names = {"distance": "mean distance (tokens)", "entropy": "entropy (share of the largest)"}
+        names = {"distance": f"mean distance ({model.unit}s)", "entropy": "entropy (share of the largest)"}
         drawings[f"near_and_far_{kind.name}"] = figures.by_layer(
             {label: measures[name].value[0] for name, label in names.items()},
             title=f"{kind.title}: how far and how widely each head looks (first seed)",
@@ -189,9 +190,10 @@ def _near_and_far(page: Page, model: Examined, found: Findings, drawings: Drawin
     section.table(
         [
             "layer", Column("distance", ".2f", ""), Column("untrained", ".2f", ""), Column("entropy", ".2f", ""),
-            Column("untrained", ".2f", ""), Column("on the first token", ".0%"),
+            Column("untrained", ".2f", ""), Column(f"on the first {model.unit}", ".0%"),
         ],
-        rows, caption=f"Means over the heads of a layer, {_seeds(seeds)} and sentences; baseline: uniform attention.",
+        rows,
+        caption=f"Means over the heads of a layer, {_seeds(seeds)} and {model.sequence}s; baseline: uniform attention.",
     )  # fmt: skip
 
 
@@ -200,9 +202,9 @@ def _lost(
 ) -> None:
     section = page.section("What is lost without a head")
     section.text(
-        "Loss without the head minus loss with all heads, in thousandths of a nat per word, one head at a time; "
-        "nothing is trained again. Above 0 the head is of use. The word in a cell is the head's role (see the last "
-        "section)."
+        f"Loss without the head minus loss with all heads, in thousandths of a nat per {model.unit}, one head at a "
+        "time; nothing is trained again. Above 0 the head is of use."
+        + (" The word in a cell is the head's role (see the last section)." if _has_roles(of_seed) else "")
     )
     first = model.categories[0]
     for kind in model.kinds:
@@ -211,14 +213,20 @@ def _lost(
         value, low, high = (1000 * part[0] for part in lost[:3])
         drawings[f"lost_{kind.name}"] = figures.head_table(
             value, title=f"{kind.title}: what is lost without each head (first seed)",
-            label="10⁻³ nats per word", baseline=0.0, words=words, interval=(low, high),
+            label=f"10⁻³ nats per {model.unit}", baseline=0.0, words=words, interval=(low, high),
         )  # fmt: skip
         section.figure(drawings[f"lost_{kind.name}"], f"{kind.title}, first seed.", name=f"lost_{kind.name}")
     rows = [[category, found.needed[category], *_most_needed(model, found, category)] for category in found.lost]
     section.table(
         ["loss on", Column("heads that are needed", ".0%"), "the most needed (first seed)", Column("costs", ".3f")],
-        rows, caption="Needed: removal raises the loss, with false discoveries held at 5 %. Costs in nats per word.",
+        rows,
+        caption="Needed: removal raises the loss, with false discoveries held at 5 %. Costs in nats per "
+        f"{model.unit}.",
     )  # fmt: skip
+
+
+def _has_roles(of_seed: dict[tuple[str, int, int], Role]) -> bool:
+    return any(role.word for role in of_seed.values())
 
 
 def _most_needed(model: Examined, found: Findings, category: str) -> tuple[str, Measure]:
@@ -233,12 +241,12 @@ def _most_needed(model: Examined, found: Findings, category: str) -> tuple[str, 
     return best
 
 
-def _pruned(page: Page, found: Findings, drawings: Drawings, heads: int, seeds: int) -> None:
+def _pruned(page: Page, model: Examined, found: Findings, drawings: Drawings, heads: int, seeds: int) -> None:
     section = page.section("How many heads can be removed")
     section.text(
         "Heads are removed one after the other, and nothing is trained again. Importance is Michel's (the mean "
-        "size of the loss's slope along a head's gate), found on one half of the sentences; the loss is measured "
-        "on the other."
+        f"size of the loss's slope along a head's gate), found on one half of the {model.sequence}s; the loss is "
+        "measured on the other."
     )
     removed = np.arange(heads + 1)
     lines = {}
@@ -246,9 +254,11 @@ def _pruned(page: Page, found: Findings, drawings: Drawings, heads: int, seeds: 
         value, low, high = (np.asarray(part) for part in found.pruned[order][:3])
         lines[order] = (value, low, high)
     drawings["pruning"] = figures.pruning_curve(
-        removed, lines, title="Loss while heads are removed", ylabel="nats per word"
+        removed, lines, title="Loss while heads are removed", ylabel=f"nats per {model.unit}"
     )
-    section.figure(drawings["pruning"], f"Mean and 95 % interval over {_seeds(seeds)} and sentences.", name="pruning")
+    section.figure(
+        drawings["pruning"], f"Mean and 95 % interval over {_seeds(seeds)} and {model.sequence}s.", name="pruning"
+    )
     section.table(
         ["perplexity may rise by", Column(f"heads that can go, of {heads}", ".1f")],
         [[f"{share:.0%}", measure] for share, measure in found.removable.items()],
@@ -260,8 +270,8 @@ def _stable(page: Page, model: Examined, found: Findings, drawings: Drawings) ->
     section = page.section("Do the same heads come back in other seeds")
     section.text(
         "Head numbers mean nothing across seeds, so the heads of each pair of seeds are matched within layers "
-        "(Hungarian algorithm) by how alike their outputs are on the same words (CKA: 1 is the same up to rotation "
-        "and scale)."
+        f"(Hungarian algorithm) by how alike their outputs are on the same {model.unit}s (CKA: 1 is the same up to "
+        "rotation and scale)."
     )
     rows: list[list[object]] = []
     for kind in model.kinds:
@@ -311,18 +321,29 @@ def _different(page: Page, model: Examined, found: Findings, drawings: Drawings)
 
 def _view(page: Page, model: Examined, params: Any, of_seed: dict[tuple[str, int, int], Role], shown: int) -> None:
     section = page.section("See every head")
-    section.text("Choose a sentence, an attention, layers and heads; hover or tap a word. First seed.")
+    several = "an attention, " if len(model.kinds) > 1 else ""
+    longest = max(model.sentence(batch, row).length for batch in model.batches for row in model.rows(batch))
+    cut = f" Of a {model.sequence} the first {VIEWED} {model.unit}s are shown." if longest > VIEWED else ""
+    section.text(f"Choose a {model.sequence}, {several}layers and heads; hover or tap a {model.unit}. First seed.{cut}")
     titles = {kind.name: kind.title for kind in model.kinds}
     notes = {(titles[kind], layer, n): role.note for (kind, layer, n), role in of_seed.items() if role.note}
     section.view(
-        view.heads(sentences(model, params, shown), notes=notes, title="Every head"),
-        "Attention of every head. Frames are gold links; rows of the decoder are the words read, in cross attention "
-        "“word read → word written”.",
+        view.heads(sentences(model, params, shown), notes=notes, title="Every head", unit=model.unit),
+        "Attention of every head."
+        + (" Frames are gold links." if model.relations else "")
+        + (
+            " Rows of the decoder are the words read, in cross attention “word read → word written”."
+            if "cross" in titles
+            else ""
+        ),
     )
 
 
 def sentences(model: Examined, params: Any, shown: int) -> list[view.Sentence]:
-    """Some sentences with the weights of every head: every so many of the corpus, from short to long."""
+    """Some sentences with the weights of every head: every so many of the corpus, from short to long.
+
+    Of a long one the first `VIEWED` words: what an attention to the past does there does not hang on what follows.
+    """
     capture = jax.jit(model.capture, static_argnums=2)
     rows = [(b, r) for b, batch in enumerate(model.batches) for r in model.rows(batch)]
     lengths = [model.sentence(model.batches[b], r).length for b, r in rows]
@@ -334,9 +355,10 @@ def sentences(model: Examined, params: Any, shown: int) -> list[view.Sentence]:
         seen, right, words = capture(params, batch, ("weights",)), model.right(batch), model.sentence(batch, r)
         attentions = {}
         for kind in model.kinds:
-            queries, keys = words.words[kind.name]
+            queries, keys = (side[:VIEWED] for side in words.words[kind.name])
             weights = np.asarray(seen[kind.name]["weights"])[:, r, :, : len(queries), : len(keys)]
-            attentions[kind.title] = view.Attention(queries, keys, weights, _gold(model, kind, right, r))
+            links = [(t, s) for t, s in _gold(model, kind, right, r) if max(t, s) < VIEWED]
+            attentions[kind.title] = view.Attention(queries, keys, weights, links)
         found.append(view.Sentence(words.text, attentions))
     return found
 
@@ -348,18 +370,26 @@ def _gold(model: Examined, kind: Kind, right: dict[str, np.ndarray], row: int) -
     return sorted({(int(t), int(s)) for r in drawn for t, s in np.argwhere(right[r.key][row])})
 
 
-def _method(page: Page, seeds: int, sentences: int, origin: str) -> None:
+def _method(page: Page, model: Examined, seeds: int, sentences: int, roles_found: bool) -> None:
     section = page.section("How this was measured")
-    over = "over seeds and sentences" if seeds > 1 else "over sentences of one model"
-    section.items([
-        f"Intervals are 95 %, {over}: they say what other sentences (and seeds) like these would give. In simulations "
-        "they cover 94 to 99 times in 100, but about 90 where few seeds, or few sentences of one model, are drawn from "
-        "a very skewed distribution (exponential), and 2 seeds that differ make them very long.",
-        "p: sign flips by sentence with the largest statistic of all heads (Westfall–Young), so that looking at many "
-        "heads is paid for.",
-        "A head has a role if the lower end of its interval is at least a quarter of the way from the baseline to 1.",
-        f"{sentences} {origin}.",
-    ])  # fmt: skip
+    rows = f"{model.sequence}s"
+    over = f"over seeds and {rows}" if seeds > 1 else f"over {rows} of one model"
+    items = [
+        f"Intervals are 95 %, {over}: they say what other {rows} (and seeds) like these would give. In "
+        f"simulations they cover 94 to 99 times in 100, but about 90 where few seeds, or few {rows} of one model, are "
+        "drawn from a very skewed distribution (exponential), and 2 seeds that differ make them very long."
+    ]
+    if model.relations:
+        items.append(
+            f"p: sign flips by {model.sequence} with the largest statistic of all heads (Westfall–Young), so that "
+            "looking at many heads is paid for."
+        )
+    if roles_found:
+        items.append(
+            "A head has a role if the lower end of its interval is at least a quarter of the way from the baseline to "
+            "1."
+        )
+    section.items([*items, f"{sentences} {model.origin}."])
 
 
 def _at(measure: Measure, *place: int) -> Measure:

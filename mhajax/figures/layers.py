@@ -1,4 +1,4 @@
-"""How heads change with depth: a dot a head, a line for the mean of each layer."""
+"""How heads change with depth: a dot a head, a bar for the mean of each layer."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def by_layer(
       measures: label of the panel ("mean distance (tokens)") -> values [L, N].
       title: above the panels.
       baselines: label of the panel -> what the baseline has there, [L] or [L, N] (whose mean over the heads is drawn),
-        as a dashed line.
-      baseline_name: what the dashed line is.
+        as a dashed bar.
+      baseline_name: what the dashed bar is.
 
     Returns:
       A Drawing; the table has one row a measure and head: measure, layer, head, value, and baseline if there is any.
@@ -52,7 +52,7 @@ def by_layer(
         inputs.same_shape(who, f"baselines[{name!r}]", baseline, values[name], f"measures[{name!r}]")
         expected[name] = baseline
 
-    note = "dots: heads, from left to right · line: mean of the layer"
+    note = "dots: heads, from left to right · bar: mean of the layer"
     note += f" · dashed: {baseline_name}" if expected else ""
     with page.style():
         from matplotlib.ticker import MaxNLocator
@@ -72,13 +72,11 @@ def by_layer(
             spread = 0.6 * ((np.arange(num_heads) + 0.5) / num_heads - 0.5)
             places = np.arange(num_layers)[:, None] + spread  # [L, N]
             axes.plot(places.ravel(), numbers.ravel(), "o", color=page.COLORS[0], markersize=3.5, alpha=0.65, mew=0)
-            middle = np.arange(num_layers)
-            alone = "o" if num_layers == 1 else ""
-            axes.plot(middle, numbers.mean(1), "-", marker=alone, color=page.COLORS[1], linewidth=1.6)
+            # A layer is no point of a curve: its mean is a bar over its own heads, and joins no other layer's.
+            ends = np.arange(num_layers) - 0.36, np.arange(num_layers) + 0.36
+            axes.hlines(numbers.mean(1), *ends, color=page.COLORS[1], linewidth=2.0)
             if name in expected:
-                ends = middle if num_layers > 1 else np.array([-0.4, 0.4])
-                dashed = np.broadcast_to(expected[name].mean(1), ends.shape)
-                axes.plot(ends, dashed, "--", color=page.COLORS[-1], linewidth=1.1)
+                axes.hlines(expected[name].mean(1), *ends, color=page.COLORS[-1], linewidth=1.1, linestyle="dashed")
             axes.set_xlim(-0.5, num_layers - 0.5)
             axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
             axes.set_xlabel("layer", color=page.INK)

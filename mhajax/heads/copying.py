@@ -54,7 +54,7 @@ def by_eigenvalues(
     def score(w_v: np.ndarray, w_o: np.ndarray) -> np.ndarray:
         values = np.linalg.eigvals(w_o @ around @ w_v)
         sizes = np.abs(values).sum(-1)
-        return np.where(sizes > 0, values.real.sum(-1) / np.where(sizes > 0, sizes, 1), 0.0)
+        return np.where(sizes > 0, np.real(values).sum(-1) / np.where(sizes > 0, sizes, 1), 0.0)
 
     total = score(w_v, w_o)
     return Tally(total, np.ones_like(total), np.full_like(total, np.mean(score(*_random(w_v, w_o, draws, seed)))))

@@ -61,7 +61,7 @@ def hoist(score: Callable, dtype: Any, num_heads: int, *others: Any) -> tuple[Ca
             constant if place is None else _from_bits(next(arguments), place.dtype)
             for place, constant in zip(given, traced.consts, strict=True)
         ]
-        function = core.jaxpr_as_fun(core.ClosedJaxpr(traced.jaxpr, filled))
+        function = core.jaxpr_as_fun(core.ClosedJaxpr(traced.jaxpr, filled))  # pyright: ignore[reportPrivateImportUsage]
         places = [jnp.asarray(place, jnp.int32) for place in (head, q_position, k_position)]
         return function(*devices.over(varying, [x, *places]))[0].astype(x.dtype)
 

@@ -45,6 +45,7 @@ def heads(
     *,
     notes: Mapping[tuple[str, int, int], str] | None = None,
     title: str = "Attention heads",
+    unit: str = "word",
 ) -> View:
     """Makes an interactive view of every head on some sentences.
 
@@ -55,6 +56,7 @@ def heads(
       notes: (kind, layer, head) → what is known about that head, such as its role, the number measured for it, the
         interval and the baseline; shown when the head is chosen. For an Attention alone the kind is "attention".
       title: the name of the whole, for those who hear a page rather than see it.
+      unit: what a query or a key is, for a reader: "word", "token", "character".
 
     Returns:
       A View: displays itself as the last expression of a notebook's cell; `View.html()` is its text for a page.
@@ -90,7 +92,12 @@ def heads(
                 f"from 0), got {(kind, layer, head)}."
             )
         kinds[kind]["notes"].append([int(layer), int(head), str(text)])
-    data = {"title": str(title), "kinds": [*kinds.values()], "sentences": [sentence for sentence, _ in packed]}
+    data = {
+        "title": str(title),
+        "unit": str(unit),
+        "kinds": [*kinds.values()],
+        "sentences": [sentence for sentence, _ in packed],
+    }
     return View(str(title), f"{_count(len(packed))}, {_listed(shapes)}", data)
 
 

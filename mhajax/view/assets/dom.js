@@ -2,6 +2,36 @@
 
 const COLORS = 5; // heads that have a colour of their own; of more than that the mean is shown
 
+const LONG = 40; // words; of more, lines and cells cannot be read: text is shaded instead, and the matrix is a picture
+const FINE = 64; // rows and columns of a small picture of a head
+
+// How strongly a weight is drawn where it is one of many: a weight of 0.01 can still be seen.
+function shade(weight) {
+  return Math.sqrt(weight);
+}
+
+function isLong({ queries, keys }) {
+  return Math.max(queries.length, keys.length) > LONG;
+}
+
+// Weights [T, S] of 8 bits as a picture of at most `most` rows and columns, each cell the strongest of those it stands for.
+function paintWeights(canvas, weights, rows, columns, most) {
+  canvas.height = Math.min(rows, most);
+  canvas.width = Math.min(columns, most);
+  const [red, green, blue] = getComputedStyle(canvas).color.match(/[\d.]+/g).map(Number);
+  const strongest = new Uint8Array(canvas.height * canvas.width);
+  for (let row = 0; row < rows; row++) {
+    const down = Math.floor((row * canvas.height) / rows) * canvas.width;
+    for (let column = 0; column < columns; column++) {
+      const cell = down + Math.floor((column * canvas.width) / columns);
+      strongest[cell] = Math.max(strongest[cell], weights[row * columns + column]);
+    }
+  }
+  const image = new ImageData(canvas.width, canvas.height);
+  strongest.forEach((weight, i) => image.data.set([red, green, blue, 255 * shade(weight / 255)], 4 * i));
+  canvas.getContext("2d").putImageData(image, 0, 0);
+}
+
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {

@@ -74,7 +74,7 @@ class Heads {
     const head = layer * this.kind.heads + number;
     const note = this.noted.get(head);
     const name = `layer ${layer} · head ${number}`;
-    const canvas = make("canvas", { width: this.attention.keys.length, height: this.attention.queries.length });
+    const canvas = make("canvas");
     const button = make(
       "button",
       {
@@ -93,12 +93,9 @@ class Heads {
   }
 
   paint() {
-    const [red, green, blue] = getComputedStyle(this.grid).color.match(/[\d.]+/g).map(Number);
+    const { queries, keys } = this.attention;
     this.pictures.forEach(({ canvas }, head) => {
-      const weights = this.attention.bytes(head);
-      const image = new ImageData(canvas.width, canvas.height);
-      weights.forEach((weight, i) => image.data.set([red, green, blue, weight], 4 * i));
-      canvas.getContext("2d").putImageData(image, 0, 0);
+      paintWeights(canvas, this.attention.bytes(head), queries.length, keys.length, FINE);
     });
   }
 

@@ -5,16 +5,17 @@ const FAINT = 0.03; // weights below it are not drawn until their word is pointe
 
 class Links {
   // point(place or null): the pointer or the focus is on a word; pin(place): a word was clicked.
-  constructor({ point, pin }) {
+  constructor({ point, pin, unit }) {
+    this.unit = unit;
     this.act = { point, pin };
     this.columns = make("div", { class: "columns" });
     this.status = make("p", { class: "status", "aria-live": "polite" });
-    const heading = make("h3", {}, "Words");
-    const sides = make("span", { class: "sides" }, "query → key");
+    const heading = make("h3", {}, `${unit[0].toUpperCase()}${unit.slice(1)}s`);
+    this.sides = make("span", { class: "sides" });
     this.box = make(
       "div",
       { class: "panel links" },
-      make("div", { class: "caption" }, heading, sides),
+      make("div", { class: "caption" }, heading, this.sides),
       this.columns,
       this.status,
     );
@@ -22,6 +23,9 @@ class Links {
 
   start(attention) {
     this.attention = attention;
+    this.long = isLong(attention);
+    this.columns.classList.toggle("flow", this.long);
+    this.sides.textContent = this.long ? "choose a query; the keys are shaded" : "query → key";
     this.gold = new Set(attention.gold.map(([query, key]) => `${query} ${key}`));
     this.words = { query: this.column("query", attention.queries), key: this.column("key", attention.keys) };
     const rows = Math.max(attention.queries.length, attention.keys.length);
@@ -29,6 +33,7 @@ class Links {
     picture.innerHTML = `<svg viewBox="0 0 100 ${rows * ROW}" preserveAspectRatio="none" aria-hidden="true"></svg>`;
     this.svg = picture.content.firstChild;
     this.svg.style.height = `${rows * ROW}px`;
+    this.svg.toggleAttribute("hidden", this.long);
     this.columns.replaceChildren(this.words.query.box, this.svg, this.words.key.box);
   }
 
@@ -57,7 +62,8 @@ class Links {
       );
       return { button, number, text };
     });
-    box.append(...buttons.map(({ button }) => button));
+    const title = make("p", { class: "side", "aria-hidden": "true" }, side === "query" ? "queries" : "keys");
+    box.append(title, ...buttons.map(({ button }) => button));
     rove(box, () => 1);
     return { box, buttons };
   }
@@ -77,7 +83,7 @@ class Links {
     };
     const meant = (query, key) => (place?.query ?? query) === query && (place?.key ?? key) === key;
     series.forEach((one, number) => {
-      for (let query = 0; query < queries.length; query++) {
+      for (let query = 0; query < queries.length && !this.long; query++) {
         for (let key = 0; key < keys.length; key++) {
           const weight = one.values[query * keys.length + key];
           if (weight < (place ? 0.004 : FAINT) || !meant(query, key)) continue;
@@ -91,7 +97,8 @@ class Links {
         }
       }
     });
-    for (const [query, key] of this.attention.gold) if (meant(query, key)) add(query, key, {}).classList.add("gold");
+    const gold = this.long ? [] : this.attention.gold;
+    for (const [query, key] of gold) if (meant(query, key)) add(query, key, {}).classList.add("gold");
     this.svg.replaceChildren(...lines);
     this.mark("query", current, place, pinned);
     this.mark("key", current, place, pinned);
@@ -107,7 +114,7 @@ class Links {
       const meant = index !== undefined && (place[side] ?? own) === own;
       const weight = meant ? current.values[query * this.attention.keys.length + key] : 0;
       number.textContent = meant && weight >= 0.005 ? decimals(weight) : "";
-      text.style.setProperty("--weight", `${(100 * weight).toFixed(1)}%`);
+      text.style.setProperty("--weight", `${(100 * (this.long ? shade(weight) : weight)).toFixed(1)}%`);
       text.style.setProperty("--series", current.color);
       text.classList.toggle("gold", meant && this.gold.has(`${query} ${key}`));
       button.classList.toggle("here", place?.[side] === own && index === undefined);
@@ -120,7 +127,7 @@ class Links {
     const quoted = (word) => `“${visible(word)}”`;
     const of = series.length > 1 || series[0].heads.length > 1 ? `${current.name}: ` : "";
     if (!place) {
-      this.status.textContent = "Point at a word or tap it: where it looks, who looks at it.";
+      this.status.textContent = `Point at a ${this.unit} or tap it: where it looks, who looks at it.`;
       this.status.classList.add("hint");
       return;
     }

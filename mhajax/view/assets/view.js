@@ -24,8 +24,8 @@ class View {
       show: (head) => this.show(head),
       setSeveral: (several) => (this.several = several),
     });
-    this.links = new Links({ point, pin: (place) => this.pin(place) });
-    this.matrix = new Matrix({ point });
+    this.links = new Links({ point, pin: (place) => this.pin(place), unit: data.unit });
+    this.matrix = new Matrix({ point, pin: (place) => this.pin(place) });
     const body = make("div", { class: "body" }, this.heads.box, this.links.box, this.matrix.box);
     const view = make("section", { class: "view", "aria-label": data.title }, this.bar(), body);
     view.addEventListener("keydown", (event) => event.key === "Escape" && this.pin(null));
@@ -67,6 +67,7 @@ class View {
     this.heads.start(this.data.kinds[this.kind], this.attention);
     this.links.start(this.attention);
     this.matrix.start(this.attention);
+    if (isLong(this.attention)) this.pinned = { query: this.attention.queries.length - 1 }; // one row of many
     this.pick();
   }
 
