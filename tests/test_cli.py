@@ -14,7 +14,7 @@ from experiments import extras, keys, quick, work
 from experiments import run as running
 from experiments.__main__ import main
 from experiments.data import corpora, vocabulary
-from experiments.errors import DataError, UserError
+from experiments.errors import ConfigError, DataError, UserError
 from mhajax import language_model, training
 from tests.test_experiments import TINY_TEXT, call
 
@@ -146,7 +146,7 @@ def test_paths_are_those_beside_the_config(tmp_path, monkeypatch):
     with pytest.raises(DataError) as caught:
         read("data.path=botth.txt")
     assert f"no such file in {here} and not in {there}. Did you mean {here / 'both.txt'}?" in str(caught.value)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(ConfigError, match="at most 4,000 bytes"):
         read("data.path=" + "x" * 5000)
 
 
