@@ -28,12 +28,11 @@ def window(tmp_path_factory):
     browser.quit()
 
 
-ROOT = (
-    "const root = document.querySelector('.mhajax-view').shadowRoot; const all = (s) => [...root.querySelectorAll(s)];"
-)
-LOOK = (
-    ROOT
-    + """
+ROOT = """
+const root = document.querySelector(".mhajax-view").shadowRoot;
+const all = (selector) => [...root.querySelectorAll(selector)];
+"""
+LOOK = """
 const shades = all(".words.key .word").map((word) => parseFloat(word.style.getPropertyValue("--weight")));
 const image = (canvas) => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
 const alphas = (canvas) => [...image(canvas).data].filter((_, i) => i % 4 === 3);
@@ -45,19 +44,20 @@ return {
   map: all(".map canvas").map((canvas) => [canvas.width, canvas.height, alphas(canvas)])[0],
 };
 """
-)
 
 
 @pytest.mark.parametrize("width", [400, 1200])
 def test_a_long_text_is_shaded_by_one_query(window, width):
     browser, path = window
+    browsers.complaints(browser)  # of the canvas, which the tests read
     browsers.show(browser, path, width, 900)
-    seen = browser.execute_script(LOOK)
+    assert browsers.complaints(browser) == ([], [])
+    seen = browser.execute_script(ROOT + LOOK)
     assert (seen["lines"], seen["cells"], seen["heading"]) == (0, 0, "Characters")
     assert seen["pinned"] == T - 1 and seen["shades"] == [0.0] * (T - 2) + [100.0, 0.0]  # it shows something at once
-    assert seen["tall"] < 1600 and browsers.too_wide(browser) <= 0 and browsers.complaints(browser)[0] == []
+    assert seen["tall"] < 1600 and browsers.too_wide(browser) <= 0
     browser.execute_script(ROOT + "all('.picture')[1].click(); all('.words.query button')[3].click()")
-    seen = browser.execute_script(LOOK)
+    seen = browser.execute_script(ROOT + LOOK)
     assert seen["pinned"] == 3 and seen["shades"][:5] == [50.1] * 4 + [0.0]  # √(1/4), of 8 bits
     assert "looks at" in seen["status"] and "0.25" in seen["status"]
 
@@ -65,10 +65,9 @@ def test_a_long_text_is_shaded_by_one_query(window, width):
 def test_small_pictures_lose_no_line_and_no_faint_weight(window):
     browser, path = window
     browsers.show(browser, path)
-    seen = browser.execute_script(LOOK)
-    for columns, rows, alphas in seen["small"]:
-        assert columns == rows == 64
-    previous, uniform = (np.array(alphas).reshape(64, 64) for _, _, alphas in seen["small"])
+    seen = browser.execute_script(ROOT + LOOK)
+    assert [size[:2] for size in seen["small"]] == [[64, 64]] * 2
+    previous, uniform = (np.array(small[2]).reshape(64, 64) for small in seen["small"])
     assert (previous.max(1) == 255).all()  # each row of the picture has its line, however many rows it stands for
     assert uniform[-1].min() >= 20  # 1/100
     columns, rows, alphas = seen["map"]
