@@ -50,10 +50,11 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
 
     def report(params: Any, folder: Path, console: Console) -> dict[str, Any]:
         measured = mean_and_spread({"validation_loss": evaluate(params)["validation_loss"]})
+        perplexity = math.exp(measured["validation_loss"])
         spread = f" ± {measured['validation_loss_sd']:.4f}" if "validation_loss_sd" in measured else ""
         console.print(
-            f"validation loss [bold]{measured['validation_loss']:.4f}{spread}[/bold] nats per token "
-            f"(perplexity {math.exp(measured['validation_loss']):.3f}) on {len(validation) - 1:,} held-out tokens\n",
+            f"validation loss [bold]{measured['validation_loss']:.4f}{spread}[/bold] nats per {words.unit} "
+            f"(perplexity {perplexity:.3f}) on {len(validation) - 1:,} held-out {words.unit}s\n",
             highlight=False,
         )
         text = write_sample(model, words, seeds_of(params)[0], config.sampling, config.training.seed)
@@ -74,8 +75,8 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
         epoch=None,
         hashes=corpus.hashes,
         notes=(
-            f"{len(train):,} tokens to train on, {len(validation):,} to validate on, {words.size:,} entries in the "
-            f"vocabulary; {config.batches.size * config.batches.length:,} tokens a batch",
+            f"{len(train):,} {words.unit}s to train on, {len(validation):,} to validate on, {words.size:,} entries in "
+            f"the vocabulary; {config.batches.size * config.batches.length:,} tokens a batch",
         ),
         examples=stream.examples,
     )
@@ -114,7 +115,8 @@ def write_sample(model: linen.LanguageModel, words: Vocabulary, params: Any, sam
         key = jax.random.key(seed)
         return decoding.generate(step, cache, prompt[:, -1], choose, key, length=sampling.tokens)
 
-    return sampling.prompt + words.decode(np.asarray(write(params))[0])
+    with work.piece("writing", sampling.tokens, f"{words.unit}s"):
+        return sampling.prompt + words.decode(np.asarray(write(params))[0])
 
 
 def _vocabulary(config: LanguageModelling, corpus: corpora.TextCorpus, folder: Path) -> Vocabulary:

@@ -243,7 +243,8 @@ def sample(path: str | Path, seed: int = 0, *, console: Console | None = None, *
     if not words.encode(sampling.prompt):
         raise UserError(f"sample: the prompt {sampling.prompt!r} has no token in this run's vocabulary; give another.")
     _warn(console, "the prompt", words.unknown(sampling.prompt), words)
-    return language_modelling.write_sample(model, words, seeds_of(params)[0], sampling, seed)
+    with contextlib.nullcontext() if console is None else work.shown_on(console):
+        return language_modelling.write_sample(model, words, seeds_of(params)[0], sampling, seed)
 
 
 def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:

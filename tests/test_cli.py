@@ -36,7 +36,7 @@ def quick_run(tmp_path_factory, quick_compiles):
 def test_a_quick_look_says_that_it_is_one(quick_run):
     result, run, folder, err = quick_run
     assert run.name.startswith("quick-mine-") and result["quick"] is True and result["steps"] == 8
-    assert "mean nothing" in err and "18,000" not in err and "20,000 tokens to train on, 2,000 to validate" in err
+    assert "mean nothing" in err and "18,000" not in err and "20,000 characters to train on, 2,000 to validate" in err
     config, _ = running.load_run(run)
     assert config.quick and not (run / "figures").exists()
     assert running.load(str(folder / "mine.toml"), [], str(folder / "runs"))[1] != run  # a real run has its own folder

@@ -259,3 +259,23 @@ def test_it_cannot_ask_the_network_even_if_it_wanted_to(window, file):
 def test_it_prints(window, file):
     browsers.show(window, file)
     assert base64.b64decode(window.print_page()).startswith(b"%PDF")
+
+
+def test_drawings_are_dark_on_a_dark_page_and_readable_on_a_phone(window, file):
+    drawn = "const svg = document.querySelector('.paper svg'), box = svg.parentElement.getBoundingClientRect();"
+    drawn += "return [getComputedStyle(svg).filter, svg.getBoundingClientRect().width, box.width]"
+    browsers.show(window, file, 1200, 900)
+    filter_, natural, _ = window.execute_script(drawn)
+    assert filter_ == "none"
+    browsers.show(window, file, 400, 740, dark=True)
+    filter_, width, room = window.execute_script(drawn)
+    assert filter_.startswith("invert(0.92)")
+    assert width == min(natural, 46 * 16) and room <= 400 and browsers.too_wide(window) <= 0
+
+
+def test_a_wide_page_has_its_contents_at_the_right(window, file):
+    places = "return ['nav', 'main'].map(name => document.querySelector(name).getBoundingClientRect()).map(b => b.left)"
+    for width, beside in ((1200, True), (1000, False)):
+        browsers.show(window, file, width, 900)
+        nav, main = window.execute_script(places)
+        assert (nav > main + 600) == beside and (nav == main) != beside

@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import gzip
 import re
 from pathlib import Path
 
@@ -33,3 +34,20 @@ def test_every_config_is_in_the_table_and_every_linked_file_is_there():
         assert f"`{config.name}`" in README
     for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (root / target).exists(), target
+
+
+def test_the_configs_for_data_of_your_own_fit_few_data(tmp_path):
+    from experiments import config, run
+
+    for name, start in (("corpus.en.gz", "a house"), ("corpus.de.gz", "ein Haus")):
+        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.writelines(f"{start} {number} .\n" for number in range(500))
+    (tmp_path / "book.txt").write_text("It was a dark night.\n" * 200)
+    found = re.findall(r"```toml\n(.*?)```", README, flags=re.S)
+    assert len(found) == 2
+    for number, text in enumerate(found):
+        (tmp_path / f"{number}.toml").write_text(text)
+        read = config.read(tmp_path / f"{number}.toml")
+        task = run.prepare(read, tmp_path / f"run-{number}")
+        assert next(iter(task.batches(0))) is not None
+        assert number or task.notes[0].startswith("400 sentence pairs")

@@ -148,6 +148,7 @@ def test_byte_order_mark_and_windows_line_ends(write):
         (["model.num_heads=2", "model={d_model=8}"], Model(8)),
         (["model.dropout=0.25", "model.widths=[]"], Model(60, dropout=0.25, widths=())),
         (['model.norm="layer" # comment'], Model(60, norm="layer")),
+        (["model.norm=layer"], Model(60, norm="layer")),
     ],
 )
 def test_overrides(write, overrides, expected):
@@ -280,7 +281,7 @@ BAD_OVERRIDES = [
     ("model.dropout=.5", ["must be a number", "write 'model.dropout=0.5'"]),
     ("model.dropout=None", ["TOML has no null", "leave the key out"]),
     ("model.widths=1,2", ["write 'model.widths=[1,2]'"]),
-    ("model.norm=layer", ["the unquoted text layer", """write 'model.norm="layer"'"""]),
+    ("model.norm=layr", ["the unquoted text layr", 'did you mean "layer"?']),
     ("model.norm=layr", ['did you mean "layer"?']),
     ("model.num_heads=7", ["[model] d_model must be a multiple of num_heads=7"]),
     ("model=7", ["model must be a table", "got the integer 7"]),
