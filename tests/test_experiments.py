@@ -465,7 +465,7 @@ def test_bad_text_gets_a_message_with_file_and_line(name, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["translate", "nowhere"], ["nowhere", "no folder"]),
+        (["translate", "nowhere"], ["nowhere", "no such folder"]),
         (["sample", "nowhere"], ["nowhere"]),
         (["fetch", "multi31k"], ["multi31k", "multi30k"]),
         (["."], ["config.toml"]),
