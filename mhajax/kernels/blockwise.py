@@ -181,20 +181,21 @@ def _pull(
     # The gradient of a weight's logit is weight · (its own gradient - delta).
     delta = jnp.sum(out * d_out, axis=-1) - d_log_sums.log_total
     top, log_total = log_sums
-    if static.guarded or static.score is not None:  # a query that sees nothing has no weights
-        log_total = jnp.where(log_total == -jnp.inf, jnp.inf, log_total)
-    if static.guarded:  # one that is spoilt passes no gradient, whatever its cotangent
-        spoilt = jnp.isnan(log_total)
-        log_total, delta = jnp.where(spoilt, jnp.inf, log_total), jnp.where(spoilt, 0, delta)
-        d_out = jnp.where(spoilt[..., None], 0, d_out)
+    # The sum that weights are divided by is divided into these instead, which are not as many.
+    share = jnp.exp(-log_total)
+    d_out, delta = d_out * share[..., None], delta * share
+    if static.guarded or static.score is not None:
+        # A query that sees nothing passes no gradient, nor does one that is spoilt, whatever its cotangent.
+        dead = ~jnp.isfinite(log_total) if static.guarded else log_total == -jnp.inf
+        d_out, delta = jnp.where(dead[..., None], 0, d_out), jnp.where(dead, 0, delta)
 
     def one_chunk(d_shared: Any, index: Array) -> tuple[Any, tuple]:
         chunk = walk.chunk_of(static, operands, index)
-        q, *others = (walk.of_chunk(static, a, chunk) for a in (operands.q, d_out, top, log_total, delta))
+        q, *others = (walk.of_chunk(static, a, chunk) for a in (operands.q, d_out, top, delta))
 
         def one_row(state: tuple, row: Array) -> tuple[tuple, Array]:
             asking = walk.cut_tokens(static, q, row, rows)
-            d_asked, top, log_total, lost = (walk.cut(a, 1, row, rows) for a in others)
+            d_asked, top, lost = (walk.cut(a, 1, row, rows) for a in others)
             # A product whose left side is transposed is slow on CPU: turn the thin side, not the weights.
             turned = jax.lax.optimization_barrier(tuple(jnp.swapaxes(a, 1, 2) for a in (asking, d_asked)))
             asking, rest = walk.scaled(static, asking)
@@ -212,7 +213,7 @@ def _pull(
                     scores, d_logits_to_raw = jax.vjp(
                         lambda raw, constants: logits(raw, bias, constants), raw, operands.constants
                     )
-                weights = jnp.exp((scores - top[..., None]) - log_total[..., None])
+                weights = jnp.exp(scores - top[..., None])  # not yet divided by their sum
                 d_weights, kept_weights = precision.einsum("cth,csh->cts", d_asked, v), weights
                 if tile.masked or bias is not None or static.score is not None:
                     d_weights = jnp.where(weights > 0, d_weights, 0)  # a hidden value may be so large that it is inf

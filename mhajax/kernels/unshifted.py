@@ -47,11 +47,11 @@ def forward(static: Static, operands: Operands, context: Context) -> tuple[Array
     values = jnp.pad(operands.v, ((0, 0), (0, 0), (0, 1)))
     of_sums = jnp.zeros(values.shape[-1], wide).at[-1].set(1)
 
-    def one_chunk(index: Array) -> tuple[Array, Array]:
+    def one_chunk(index: Array) -> tuple[Array, LogSumExp]:
         chunk = walk.chunk_of(static, operands._replace(v=values), index)
         q = walk.of_chunk(static, operands.q, chunk)
 
-        def one_row(row: Array) -> tuple[Array, Array]:
+        def one_row(row: Array) -> tuple[Array, LogSumExp]:
             asking, rest = walk.scaled(static, walk.cut_tokens(static, q, row, rows))
 
             def visited(tile: Tile, state: Array) -> Array:
@@ -71,12 +71,13 @@ def forward(static: Static, operands: Operands, context: Context) -> tuple[Array
             state = walk.visit(context, chunk, row, visited, state)
             out, total = state[..., :-1], state[..., -1]
             nothing = total == 0
-            log_sum = jnp.where(nothing, -jnp.inf, jnp.log(jnp.where(nothing, 1, total)))
-            return out / jnp.where(nothing, 1, total)[..., None], log_sum
+            total = jnp.where(nothing, 1, total)
+            # As no logit is large, the whole may stand for the largest; weights that are computed again are then ≤ 1.
+            log_sum = LogSumExp(jnp.log(total), jnp.where(nothing, -jnp.inf, jnp.zeros_like(total)))
+            return out / total[..., None], log_sum
 
-        out, log_sum = times(one_row, operands.q.shape[1] // rows)
-        return walk.joined(out), walk.joined(log_sum)
+        return jax.tree.map(walk.joined, times(one_row, operands.q.shape[1] // rows))
 
     chunks = times(one_chunk, operands.q.shape[0] // items)
     out, log_sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), chunks)
-    return out, LogSumExp(jnp.zeros_like(log_sums), log_sums)
+    return out, log_sums
