@@ -63,7 +63,7 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="does it run from end to end? A small model on little data, in less than 20 seconds; its folder begins "
+        help="does it run from end to end? A small model on little data, in about half a minute; its folder begins "
         "with quick- and its numbers mean nothing",
     )
     parser.add_argument(

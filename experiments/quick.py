@@ -1,4 +1,4 @@
-"""A quick look at any config: whether it runs from end to end, in less than 20 seconds. Its numbers mean nothing.
+"""A quick look at any config: whether it runs from end to end, in about half a minute. Its numbers mean nothing.
 
 `python -m experiments CONFIG --quick` makes everything small that costs time: the first sentences of the data, a model
 of one narrow layer, a few batches in one shape; figures are not drawn and heads not measured. The config says so
