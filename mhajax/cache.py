@@ -30,6 +30,7 @@ from jax.core import Tracer
 from mhajax import arguments, attention, checks, masks
 from mhajax.attention import KeysValues
 from mhajax.interventions import Capture, Intervention
+from mhajax.kernels import finite
 from mhajax.masks import Mask
 from mhajax.options import HeadOptions
 
@@ -258,9 +259,9 @@ def _write(store: Array, new: Array, slots: Array) -> Array:
 
 
 def _sound(cache: Cache, new: KeysValues) -> KeysValues:
-    """What is written of new tokens: NaN for a key and 0 for a value where either is not finite."""
+    """What is written of new tokens: NaN for a key and 0 for a value where either is bad (`kernels.finite`)."""
     k, v = new.k.astype(cache.k.dtype), new.v.astype(cache.v.dtype)
-    good = jnp.all(jnp.isfinite(k), axis=-1, keepdims=True) & jnp.all(jnp.isfinite(v), axis=-1, keepdims=True)
+    good = ~(finite.healed(k, finite.limit(k))[1] | finite.healed(v)[1])[..., None]
     return KeysValues(jnp.where(good, k, jnp.nan), jnp.where(good, v, 0))
 
 

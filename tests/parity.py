@@ -34,11 +34,11 @@ quick = partial(jax.jit, compiler_options=QUICK)
 
 
 class Path(NamedTuple):
-    """A kernel, and the tilings that it is made to take; the fused one takes them for the log-sum-exp."""
+    """A kernel, the tiling that it is made to take, and how many heads it takes at once where there is no gradient."""
 
     kernel: str
     tiling: Tiling | None = None
-    tiling_if_small: Tiling | None = None
+    values_at_once: int = 0
 
 
 def paths(name: str) -> dict[str, Path]:
@@ -47,7 +47,6 @@ def paths(name: str) -> dict[str, Path]:
     items, rows, columns = TILINGS[list(FEATURES).index(name) % len(TILINGS)]
     return {
         "dense": Path("dense"),
-        "fused": Path("fused", Tiling(case.items, *ALL_HEADS)),
         "blockwise, several tiles": Path("blockwise", Tiling(min(items, case.items), rows, columns)),
         "blockwise, all heads at once": Path("blockwise", Tiling(case.items, *ALL_HEADS)),
     }
@@ -56,7 +55,7 @@ def paths(name: str) -> dict[str, Path]:
 def attend(path: Path, q: Any, k: Any, v: Any, **options: Any) -> Any:
     """`kernels.attend` on this path."""
     given = {"queries": masks.tokens(q.shape[-2]), "keys": masks.tokens(k.shape[-2])} | options
-    tilings = {"_tiling": lambda request: path.tiling, "_tiling_if_small": lambda *given: path.tiling_if_small}
+    tilings = {"_tiling": lambda request: path.tiling, "_values_at_once": lambda request: path.values_at_once}
     with mock.patch.multiple(choice, **tilings):
         return kernels.attend(q, k, v, kernel=path.kernel, **given)
 
@@ -374,11 +373,10 @@ SPECIAL = {
 } | dict.fromkeys(SECOND, gradients_of_gradients)
 UNCHOSEN = {"`vmap` over gates", "scale of every head and its gradient", "forward mode: `jvp`, `hessian`", *SECOND}
 FEATURES = {name: Feature(case, SPECIAL.get(name, against_loops), name not in UNCHOSEN) for name, case in CASES.items()}
-COMPUTED = ("dense", "fused", "blockwise, several tiles", "blockwise, all heads at once")
+COMPUTED = ("dense", "blockwise, several tiles", "blockwise, all heads at once")
 # The only refusals among the paths that are computed here, by kernel.
 ONLY_DENSE = {"forward mode: `jvp`, `hessian`", "`cached=True`"}
-BETWEEN = {name for name, case in CASES.items() if {"bias", "score"} & {*case.options(case.extras)} or case.dropped}
-REFUSED = {"dense": set(), "fused": ONLY_DENSE | BETWEEN, "blockwise": ONLY_DENSE}
+REFUSED = {"dense": set(), "blockwise": ONLY_DENSE}
 RING = {  # rows that the test of the ring shows, and which of its cases does
     "nothing but q, k, v": "no mask, blockwise parts",
     "causal, T = S": "causal",
@@ -446,13 +444,13 @@ def on_ring(name: str) -> str:
 
 HEAD = """# Which path can do what, and how exactly
 
-Made by `MHAJAX_WRITE=1 python -m pytest -m "" tests/test_kernels.py`, which computes every cell of the first four
-columns; without the variable it fails if this page says something else.
+Made by `MHAJAX_WRITE=1 python -m pytest -m "" tests/test_kernels.py`, which computes every cell of the first three
+columns; without the variable it fails if a cell is not what this page says.
 
 - `≤ 2e-6`: heads, log-sum-exp and the gradients of q, k, v and of whatever else has one (bias, tables, sinks, gates)
   differ from loops in float64 by no more, relative to the largest number of each array. By dtype:
   {bounds}.
-- exact: equal bit for bit to what it must be. The log-sum-exp of the fused path is the blockwise one's.
+- exact: equal bit for bit to what it must be. Values without a gradient are held to it in `tests/test_whole_rows.py`.
 - refused: what the error says; it also names a path that can.
 - splash, cuDNN: what `kernels.explain` says on their platforms for bfloat16, H = 64 and T = S. What is allowed is
   computed in `tests/test_kernels_platforms.py`: splash interpreted, cuDNN's arguments by JAX's own implementation of
@@ -465,8 +463,8 @@ keys, so that there are several of them and the last are partial.
 """
 
 
-def table() -> str:
-    """docs/parity.md."""
+def table(computed: Callable[[str, str], str] = computed) -> str:
+    """docs/parity.md, with these cells of the paths that run here."""
     columns = [*COMPUTED, "splash (TPU)", "cuDNN (GPU)", "ring"]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in FEATURES:

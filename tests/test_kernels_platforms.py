@@ -405,13 +405,12 @@ def cut_results():
     heads = (*[jax.sharding.PartitionSpec(None, "devices")] * 3, *[shared] * 3)
     nobody, causal, padded = (lambda _: None), (lambda _: masks.causal()), masks.lengths
     found = {}
-    for path in ("dense", "fused", "blockwise"):
+    for path in ("dense", "blockwise"):
         found[f"{path}, batch"] = errors(batch, path, padded)
         found[f"{path}, batch, nothing is looked at"] = errors(batch, path, nobody, look=False)
         found[f"{path}, queries"] = errors(queries, path, causal)
         found[f"{path}, heads"] = errors(heads, path, padded)
-        if path != "fused":
-            found[f"{path}, batch, score"] = errors(batch, path, causal, score=True)
+        found[f"{path}, batch, score"] = errors(batch, path, causal, score=True)
 
     config = attention.Config(d_model=8, num_heads=2)
     params, x = attention.init_params(jax.random.key(0), config), normal(B, 20, 8, seed=3)
@@ -442,7 +441,7 @@ def cut_over_devices():
 @pytest.mark.slow
 def test_inside_shard_map_with_its_check_the_numbers_are_those_outside(cut_over_devices):
     refused = cut_over_devices.pop("refused")
-    assert len(cut_over_devices) == 15
+    assert len(cut_over_devices) == 11
     assert {name: e for name, e in cut_over_devices.items() if not e < 2e-6} == {}
     assert "float32[6] that is the same on all devices" in refused and "check_vma=False" in refused
 

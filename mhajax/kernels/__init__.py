@@ -1,16 +1,14 @@
 """softmax(q kᵀ) v for given queries, keys and values: one contract, one function per path.
 
 `attend` is the contract. `dense` is the definition and holds every logit; `blockwise` gives the same numbers in memory
-that grows with T, on a CPU `unshifted` where it can; `fused` does so for short sequences on a CPU, in one loop of the
-compiler's, or `either` does, which is blockwise where a gradient is taken; `cudnn` and `splash` call what a platform
-has. `choice` is the one place where a path is picked, and `explain` prints what it picks and why. `rows` is for who
-looks at weights or changes them. `ring` is for a sequence that is cut over devices, and is called by its name.
+that grows with T; `cudnn` and `splash` call what a platform has. `choice` is the one place where a path is picked, and
+`explain` prints what it picks and why. `rows` is for who looks at weights or changes them. `ring` is for a sequence
+that is cut over devices, and is called by its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from mhajax.interventions import Capture, Patch, as_capture
-from mhajax.kernels import blockwise, cudnn, dense, devices, either, fused, rows, splash
+from mhajax.kernels import blockwise, cudnn, dense, devices, rows, splash
 from mhajax.kernels.choice import NAMES, Choice, Request, choose, spread
 from mhajax.kernels.grid import Tiling
 from mhajax.kernels.pairs import hoist
@@ -54,7 +52,8 @@ def attend(
 
     Logits, softmax and sums are float32 (float64 for float64 input), whatever the dtype of q, k and v. A query with
     nothing to attend to gives zeros. With a mask or a bias, keys and values that are not finite harm only the queries
-    that may see them: those get NaN, and pass no gradient to q, k, v and the rest, whatever their cotangent.
+    that may see them: those get NaN, and pass no gradient to q, k, v and the rest, whatever their cotangent. Numbers of
+    q and k of 2⁵⁵ and more, whose products overflow in float32, then count as not finite.
 
     Args:
       q: queries [..., N, T, H].
@@ -121,15 +120,11 @@ def attend(
     }  # fmt: skip
     by_rows = rows.Given(**given, cached=cached, logits=logits, weights=weights)
     tiled = lambda by: blockwise.attend(  # noqa: E731
-        q, k, v, tiling=by.tiling, tiling_if_small=by.tiling_if_small, **given
+        q, k, v, tiling=by.tiling, values_at_once=by.values_at_once, **given
     )
-    in_rows = partial(fused.attend, mask=mask, queries=queries, keys=keys)
-    if choice.kernel == "fused" and choice.tiling is not None:  # for a gradient
-        in_rows = partial(either.attend, tiling=choice.tiling)
     paths = {
         "dense": lambda: dense.attend(q, k, v, cached=cached, **given),
         "blockwise": lambda: tiled(choice),
-        "fused": lambda: (in_rows(q, k, v, scale=given["scale"]), None),
         "cudnn": lambda: (cudnn.attend(q, k, v, mask=mask, scale=given["scale"]), None),
         "splash": lambda: (splash.attend(q, k, v, mask=mask, scale=given["scale"]), None),
     }

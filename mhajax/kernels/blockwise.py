@@ -5,7 +5,10 @@ not rule out, first over those in which every pair is allowed (no mask is evalua
 keeps a running maximum, sum and output. The backward pass computes the weights again from the saved maximum and sum.
 
 How the loops are laid out (how many heads at a time, how large a tile) is a `Tiling`; `kernels.choice` picks it. Where
-logits are found to be small, the forward pass may be `unshifted`, in tiles of its own.
+no gradient is taken, whole rows of many heads may be one tile: XLA's library for CPUs takes both products and the
+softmax between them as one loop, which writes no logits down, if all that is between is maximum, exponential, sums and
+products. A choice between two values breaks that loop: so a mask adds 0 or -inf, and a query that sees nothing is no
+special case.
 
 References:
   Rabe & Staats 2021, "Self-attention Does Not Need O(n²) Memory"; Dao 2023, "FlashAttention-2", sections 2.3 and 3.1
@@ -24,7 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import precision
-from mhajax.kernels import devices, finite, grid, unshifted, walk
+from mhajax.kernels import devices, finite, grid, walk
 from mhajax.kernels.grid import Context, Operands, Static, Tiling
 from mhajax.kernels.log_sum_exp import LogSumExp
 from mhajax.kernels.loops import accumulate, times
@@ -47,7 +50,7 @@ def attend(
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     tiling: Tiling,
-    tiling_if_small: Tiling | None = None,
+    values_at_once: int = 0,
 ) -> tuple[Array, LogSumExp]:
     """The heads' outputs and the log-sum-exp of every query; the contract is that of `kernels.attend`.
 
@@ -61,8 +64,8 @@ def attend(
       bias: [..., 1 or N, 1 or T, 1 or S]; -inf masks.
       score: of one pair, with its constants as arguments after the positions.
       tiling: how the work is cut; changes no result beyond rounding.
-      tiling_if_small: how `unshifted` cuts the forward pass where no logit is large; None: it is not asked. Its rows
-        and columns divide those of the tiling. Not for a bias, a score, dropout or half precision.
+      values_at_once: heads whose whole rows are computed together where no gradient is taken; divides B·N, and divides
+        N/K or is a multiple of it. 0: as the tiling says.
       mask, queries, keys, scale, dropout_rate, dropout_key: as in `kernels.attend`.
 
     Returns:
@@ -76,78 +79,87 @@ def attend(
         tiling, tuple(leading), num_heads, length, k.shape[-2], scale,
         0.0 if dropout_key is None else dropout_rate, score, guarded=mask is not None or bias is not None,
     )  # fmt: skip
-    given = q, k, v, mask, bias, constants, queries, keys, dropout_key
-    operands, context = grid.lay_out(static, *given)
-    fine = None if tiling_if_small is None else static._replace(tiling=tiling_if_small)
-    contexts = context, None if fine is None else grid.lay_out(fine, *given)[1]
-    known, arrays = grid.split(contexts)
-    results: Any = _attend((static, fine, known), operands, arrays)
+    operands, context = grid.lay_out(static, q, k, v, mask, bias, constants, queries, keys, dropout_key)
+    known, arrays = grid.split(context)
+    results: Any = _attend((static, values_at_once, known), operands, arrays)
     heads, log_sums = results
     shape = (*leading, num_heads)
     heads = heads[:, :length].astype(v.dtype).reshape(*shape, length, v.shape[-1])
     return heads, jax.tree.map(lambda a: a[:, :length].reshape(*shape, length), log_sums)
 
 
-_Fixed = tuple[Static, Static | None, grid.Known]  # in tiles, and in those of `unshifted`; what the contexts hold
+_Fixed = tuple[Static, int, grid.Known]  # how, heads at once for values only, what the context holds besides arrays
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple[Array, LogSumExp]:
-    static, fine, known = fixed
+    static, at_once, known = fixed
 
-    def marked(operands: Operands, arrays: grid.Arrays) -> tuple[Array, LogSumExp]:
-        context, of_fine = known.joined(arrays)
-        lengths = finite.lengths_of(*operands[:3])
-        tiled = lambda: _forward(static, operands, context)  # noqa: E731
-        if fine is None:
-            out, log_sums = tiled()
-        else:
-            small = unshifted.suits(fine, operands, lengths)
-            out, log_sums = jax.lax.cond(small, partial(unshifted.forward, fine, operands, of_fine), tiled)
+    if not at_once:
+        return _in_tiles(static, operands, known.joined(arrays))
+
+    def whole_rows(operands: Operands, arrays: grid.Arrays) -> tuple[Array, LogSumExp]:
+        context = known.joined(arrays)
+        whole = grid.in_one_tile(static, operands, context, at_once)
+        sound = partial(_forward, whole[0]._replace(guarded=False), operands, whole[1])
         if not static.guarded:
-            return out, log_sums
-        top, log_total = log_sums
-        nobody = lambda: jnp.zeros_like(log_total, bool)  # noqa: E731
-        spoilt = jax.lax.cond(lengths.finite, nobody, partial(walk.spoilt, static, operands, context))
-        return jnp.where(spoilt[..., None], jnp.nan, out), LogSumExp(top, jnp.where(spoilt, jnp.nan, log_total))
+            return sound()
+        marked = lambda: _marked(*whole, operands, walk.spoilt(static, operands, context))  # noqa: E731
+        return jax.lax.cond(finite.moderate(*operands[:3]), sound, marked)
 
     # Under a plain `vmap` both ways would be computed for every example.
-    return (marked if fine is None else jax.custom_batching.sequential_vmap(marked))(operands, arrays)
+    return (jax.custom_batching.sequential_vmap(whole_rows) if static.guarded else whole_rows)(operands, arrays)
+
+
+def _in_tiles(static: Static, operands: Operands, context: Context) -> tuple[Array, LogSumExp]:
+    if not static.guarded:
+        return _forward(static, operands, context)
+    nobody = lambda: jnp.zeros_like(operands.q[..., 0], bool)  # noqa: E731
+    look = partial(walk.spoilt, static, operands, context)
+    return _marked(static, context, operands, jax.lax.cond(finite.moderate(*operands[:3]), nobody, look))
+
+
+def _marked(static: Static, context: Context, operands: Operands, spoilt: Array) -> tuple[Array, LogSumExp]:
+    """`_forward`, with NaN for these queries, bool [B·N, T]."""
+    out, (top, log_total) = _forward(static, operands, context)
+    return jnp.where(spoilt[..., None], jnp.nan, out), LogSumExp(top, jnp.where(spoilt, jnp.nan, log_total))
 
 
 def _attend_and_keep(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple:
-    results: Any = _attend(fixed, operands, arrays)
+    static, _, known = fixed
+    results: Any = _attend((static, 0, known), operands, arrays)
     return results, (operands, arrays, *results)
 
 
 def _forward(static: Static, operands: Operands, context: Context) -> tuple[Array, LogSumExp]:
-    """[B·N, T, Hv] and log-sum-exp [B·N, T], both wide; with a mask, what is not finite counts as 0."""
+    """[B·N, T, Hv] and log-sum-exp [B·N, T], both wide, bad numbers count as 0."""
     items, rows, columns = static.tiling
     wide = jnp.promote_types(operands.q.dtype, jnp.float32)
+    lowest = jnp.finfo(wide).min
 
     def one_chunk(index: Array) -> tuple[Array, LogSumExp]:
         chunk = walk.chunk_of(static, operands, index)
         q = walk.of_chunk(static, operands.q, chunk)
 
         def one_row(row: Array) -> tuple[Array, LogSumExp]:
-            asking, rest = walk.scaled(static, walk.cut_tokens(static, q, row, rows))
+            asking, rest = walk.scaled(static, walk.cut_tokens(static, q, row, rows, finite.limit(q)))
 
             def visited(tile: Tile, state: tuple | None) -> tuple:
-                k, v = (walk.cut_tokens(static, a, tile.column, columns) for a in (chunk.k, chunk.v))
+                k = walk.cut_tokens(static, chunk.k, tile.column, columns, finite.limit(chunk.k))
+                v = walk.cut_tokens(static, chunk.v, tile.column, columns)
                 raw = precision.einsum("cth,csh->cts", asking, k) * rest
                 bias = walk.bias_of(static, operands.bias, tile)
                 logits = walk.logits(static, context, tile, raw, bias, operands.constants)
-                top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))  # a shift changes nothing
+                top = jnp.maximum(jax.lax.stop_gradient(jnp.max(logits, axis=-1)), lowest)  # a shift changes nothing
                 if state is not None:
                     top = jnp.maximum(top, state[1])
-                safe = jnp.where(top == -jnp.inf, 0, top)
-                weights = jnp.exp(logits - safe[..., None])
+                weights = jnp.exp(logits - top[..., None])
                 total = jnp.sum(weights, axis=-1)
                 if static.dropout_rate:
                     weights = jnp.where(walk.kept(static, context, tile), weights * (1 / (1 - static.dropout_rate)), 0)
                 out = precision.einsum("cts,csh->cth", precision.narrow(weights, v), v)
                 if state is not None:
-                    shrink = jnp.exp(state[1] - safe)
+                    shrink = jnp.exp(state[1] - top)
                     out, total = out + state[0] * shrink[..., None], total + state[2] * shrink
                 return out, top, total
 
@@ -156,10 +168,9 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple[Arra
                 zeros = jnp.zeros_like(q, wide, (items, rows, operands.v.shape[-1] + 1))
                 state = zeros[..., 1:], jnp.full_like(zeros[..., 0], -jnp.inf), zeros[..., 0]
             out, top, total = walk.visit(context, chunk, row, visited, state)
-            nothing = total == 0
-            total = jnp.where(nothing, 1, total)
-            log_sum = LogSumExp(jnp.where(nothing, 0, top), jnp.where(nothing, -jnp.inf, jnp.log(total)))
-            return out / total[..., None], log_sum
+            some = jnp.maximum(total, 0.5)  # a query that sees nothing has a total of 0, any other one of at least 1
+            log_total = jnp.where(total == 0, -jnp.inf, jnp.log(some))
+            return out / some[..., None], LogSumExp(top, log_total)
 
         return jax.tree.map(walk.joined, times(one_row, operands.q.shape[1] // rows))  # of [t_tiles, c, rows, …]
 
@@ -175,7 +186,7 @@ def _pull(
 ) -> Operands:  # fmt: skip
     """Gradients of all operands, one block of queries after another; keys' and values' are summed up transposed."""
     static, _, known = fixed
-    context = known.joined(arrays)[0]
+    context = known.joined(arrays)
     items, rows, columns = static.tiling
     wide = jnp.promote_types(operands.q.dtype, jnp.float32)
     # The gradient of a weight's logit is weight · (its own gradient - delta).
@@ -194,7 +205,7 @@ def _pull(
         q, *others = (walk.of_chunk(static, a, chunk) for a in (operands.q, d_out, top, delta))
 
         def one_row(state: tuple, row: Array) -> tuple[tuple, Array]:
-            asking = walk.cut_tokens(static, q, row, rows)
+            asking = walk.cut_tokens(static, q, row, rows, finite.limit(q))
             d_asked, top, lost = (walk.cut(a, 1, row, rows) for a in others)
             # A product whose left side is transposed is slow on CPU: turn the thin side, not the weights.
             turned = jax.lax.optimization_barrier(tuple(jnp.swapaxes(a, 1, 2) for a in (asking, d_asked)))
@@ -202,7 +213,8 @@ def _pull(
 
             def visited(tile: Tile, state: tuple) -> tuple:
                 d_k, d_v, (d_bias, d_constants), d_q = state
-                k, v = (walk.cut_tokens(static, a, tile.column, columns) for a in (chunk.k, chunk.v))
+                k = walk.cut_tokens(static, chunk.k, tile.column, columns, finite.limit(chunk.k))
+                v = walk.cut_tokens(static, chunk.v, tile.column, columns)
                 raw = precision.einsum("cth,csh->cts", asking, k) * rest
                 bias = walk.bias_of(static, operands.bias, tile)
                 logits = partial(walk.logits, static, context, tile)
@@ -273,7 +285,7 @@ def _second(fixed: _Fixed, saved: tuple, cotangents: Operands) -> tuple:
     """Derivatives of the gradients: a loop that stops when it is told has none, so it is all logits in one tile."""
     static, _, known = fixed
     operands, arrays, log_sums, d_out, d_log_sums = saved
-    whole, context = grid.in_one_tile(static, operands, known.joined(arrays)[0])
+    whole, context = grid.in_one_tile(static, operands, known.joined(arrays), static.tiling.items)
 
     def gradients(operands: Operands, d_out: Array, d_log_sums: LogSumExp) -> Operands:
         if static.guarded:  # a query that is spoilt passes no gradient

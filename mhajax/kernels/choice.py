@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhajax import masks
-from mhajax.kernels import bands, cudnn, fused
-from mhajax.kernels.fused_products import TASK
+from mhajax.kernels import cudnn
 from mhajax.kernels.grid import Tiling, fitting
 from mhajax.masks import Mask, Tokens
 
-NAMES = ("dense", "fused", "blockwise", "cudnn", "splash")
+FEW_LOGITS, FEW_TOKENS = 2**14, 8  # of all heads, of a sequence: the dense path is for these
+MOST_KEYS_AT_ONCE = 512
+NAMES = ("dense", "blockwise", "cudnn", "splash")
 
 
 class Request(NamedTuple):
@@ -52,26 +53,22 @@ class Choice(NamedTuple):
 
     kernel: str
     tiling: Tiling | None
-    tiling_if_small: Tiling | None  # of the forward pass where logits are found to be small
+    values_at_once: (
+        int  # heads whose whole rows are computed together where no gradient is taken; 0: as the tiling says
+    )
     why: str
     others: dict[str, str]
-    visited: float | None  # share of the tiles, or of the pairs, that the mask does not rule out, as far as it is known
-    gradient: str  # the path, forward and backward, where a gradient is taken
+    visited: float | None  # share of the tiles that the mask does not rule out, as far as it is known
 
     def __str__(self) -> str:
         lines = [f"{self.kernel}: {self.why}"]
-        if self.gradient != self.kernel:
-            lines.append(f"  where a gradient is taken: {self.gradient}")
-        if self.kernel == "fused" and self.visited != 1:
-            lines.append(f"  in bands of queries, which leave {self.visited:.0%} of the pairs")
         if self.tiling is not None:
             items, rows, columns = self.tiling
             share = "" if self.visited is None else f"; {self.visited:.0%} of the tiles are visited"
             heads = "one head" if items == 1 else f"{items} heads"
             lines.append(f"  {heads} at a time, tiles of {rows} queries × {columns} keys{share}")
-        if self.tiling_if_small is not None:
-            items, rows, columns = self.tiling_if_small
-            lines.append(f"  forward, where no logit is large: {items} heads, {rows} × {columns}, without a maximum")
+        if self.values_at_once:
+            lines.append(f"  where no gradient is taken: {self.values_at_once} heads at a time, whole rows")
         return "\n".join([*lines, *(f"not {name}: {why}" for name, why in self.others.items())])
 
 
@@ -101,17 +98,12 @@ def choose(request: Request, kernel: str = "auto") -> Choice:
             )
     unused = {name: "it holds all T × S logits" if name == "dense" else "not needed" for name in NAMES}
     others = {name: refused[name] or absent[name] or unused[name] for name in NAMES if name != wanted}
-    tiling = tiling_if_small = visited = None
-    only_values = kernel == "auto" and wanted == "fused" and request.mask is None and request.k.shape[-2] > TASK
-    gradient = "blockwise" if only_values else wanted
-    if gradient == "blockwise":
-        tiling = _tiling(request)
-        tiling_if_small = _tiling_if_small(request, tiling)
+    tiling, visited, values_at_once = None, None, 0
+    if wanted == "blockwise":
+        tiling, values_at_once = _tiling(request), _values_at_once(request)
         some, _ = masks.known_tiles(request.mask, request.queries, request.keys, tiling.rows, tiling.columns)
         visited = float(np.mean(some))
-    if wanted == "fused":
-        visited = _compared(request) / max(request.k.shape[-2], 1)
-    return Choice(wanted, tiling, tiling_if_small, why, others, visited, gradient)
+    return Choice(wanted, tiling, values_at_once, why, others, visited)
 
 
 def spread() -> bool:
@@ -122,15 +114,6 @@ def spread() -> bool:
 
 def _absence(name: str, request: Request) -> str:
     """Why "auto" does not take a path that could do it; empty if it may. A path asked for by name is taken."""
-    length, num_keys = request.q.shape[-2], request.k.shape[-2]
-    if name == "fused" and request.platform != "cpu":
-        return "fused rows are for a CPU"
-    if name == "fused" and request.spread:
-        return "the compiler would gather what is cut over devices: call it inside shard_map"
-    if name == "fused" and length * num_keys > fused.MOST_PAIRS:
-        return f"a head has {length} × {num_keys} logits, fused rows are for up to {fused.MOST_PAIRS}"
-    if name == "fused" and length and num_keys > TASK:
-        return _too_many_keys(request)
     if name == "splash" and request.platform != "tpu":
         return "splash attention needs a TPU"
     if name == "splash" and request.spread:
@@ -138,49 +121,14 @@ def _absence(name: str, request: Request) -> str:
     return ""
 
 
-def _too_many_keys(request: Request) -> str:
-    """Why rows of more than TASK keys are not for the fused path; empty if they are."""
-    length, num_keys = request.q.shape[-2], request.k.shape[-2]
-    if not request.fuses:
-        return f"JAX before 0.10 does not fuse rows of {num_keys} keys"
-    if request.mask is None:
-        few = num_keys <= fused.MOST_KEYS_OF_VALUES
-        return (
-            "" if few else f"fused rows without a mask are for up to {fused.MOST_KEYS_OF_VALUES} keys, not {num_keys}"
-        )
-    if request.items * length < fused.MANY_ROWS:
-        return f"there are {request.items} heads of {length} queries, fused rows of {num_keys} keys want more"
-    if (compared := _compared(request)) > fused.MOST_KEYS:
-        return f"fused rows are for queries that are compared with up to {fused.MOST_KEYS} keys, not {compared:.0f}"
-    return ""
-
-
-def _compared(request: Request) -> float:
-    """Keys that the fused path compares a query with, in the mean."""
-    items = request.items // request.group
-    return bands.compared(bands.cut(request.mask, request.queries, request.keys, items, request.group))
-
-
 def _refusal(name: str, request: Request) -> str:
     """Why a path cannot do what is asked; empty if it can."""
     if name == "blockwise" and request.cached:
         return "a cache is read by the dense path, which does not copy it"
-    if name == "fused":
-        return _fused_refusal(request)
     if name == "cudnn":
         return _cudnn_refusal(request)
     if name == "splash":
         return _splash_refusal(request)
-    return ""
-
-
-def _fused_refusal(request: Request) -> str:
-    if request.cached:
-        return "a cache is read by the dense path, which does not copy it"
-    asked = {"a bias": request.bias, "a score function": request.score, "dropout": request.dropout}
-    for what, wanted in asked.items():
-        if wanted:
-            return f"{what} comes between the products, which are not fused then"
     return ""
 
 
@@ -241,13 +189,8 @@ def _preferred(request: Request, refused: dict[str, str]) -> tuple[str, str]:
     length, num_keys = request.q.shape[-2], request.k.shape[-2]
     if refused["blockwise"]:
         return "dense", refused["blockwise"]
-    few = 24 if request.mask is not None or request.bias else 48
-    pairs = length * num_keys
-    small = pairs < 256 and request.items * pairs < 2**14 if not refused["fused"] else min(length, num_keys) < few
-    if request.items == 0 or small:
+    if request.items * length * num_keys <= FEW_LOGITS or min(length, num_keys) < FEW_TOKENS:
         return "dense", "there are few logits"
-    if not refused["fused"]:
-        return "fused", "rows are short enough for the compiler to fuse both products and the softmax"
     if not refused["cudnn"]:
         return "cudnn", "memory grows with T, in one kernel"
     if not refused["splash"] and min(length, num_keys) >= 128:
@@ -257,30 +200,21 @@ def _preferred(request: Request, refused: dict[str, str]) -> tuple[str, str]:
 
 def _tiling(request: Request) -> Tiling:
     length, num_keys = request.q.shape[-2], request.k.shape[-2]
-    if request.platform == "cpu":
-        rows, columns = _even(length, 2048 if request.mask is None else 512), _even(num_keys, 512)
-        rows, columns = (size + size % 2 if size > 256 else size for size in (rows, columns))  # may be halved
-        # Small products stay in the cache, 256 KiB of logits at a time; large ones are worth waking both cores for.
-        room = max(1, (2**16 if max(rows, columns) <= 256 else 2**19) // (rows * columns))
+    if request.platform == "cpu":  # 2 MiB of logits at a time stay in the cache
+        most = 512 if request.mask is None else 256
+        rows, columns = _even(length, most), _even(num_keys, most)
+        room = max(1, min(16, 2**19 // (rows * columns)))
     else:  # fill the machine: all heads at once, as far as their logits stay below 256 MiB
         rows, columns = _even(length, 512), _even(num_keys, 512)
         room = max(1, 2**26 // (rows * columns))
     return Tiling(fitting(request.items, room, request.group), rows, columns)
 
 
-def _tiling_if_small(request: Request, tiling: Tiling) -> Tiling | None:
-    """For `unshifted`: small tiles, of several heads for several cores; else large ones do better."""
-    plain = not (request.bias or request.score or request.dropout)
-    wide = min(jnp.dtype(a.dtype).itemsize for a in (request.q, request.k, request.v)) >= 4
-    if request.platform != "cpu" or not request.fuses or request.spread or request.mask is None:
-        return None
-    if not (plain and wide):
-        return None
-    shared = all(np.ndim(leaf) == 0 for leaf in jax.tree.leaves(request.mask))  # else examples differ in what is seen
-    items = fitting(request.items, 16 if shared else min(16, request.q.shape[-3]), request.group)
-    if items < 4 or min(tiling.rows, tiling.columns) <= 256:
-        return None
-    return Tiling(items, tiling.rows // 2, tiling.columns // 2)
+def _values_at_once(request: Request) -> int:
+    """All heads, if rows are short enough for the compiler to take both products and the softmax as one loop."""
+    plain = not (request.bias or request.score or request.dropout or request.log_sum_exp)
+    fuses = request.platform == "cpu" and request.fuses and not request.spread
+    return request.items if plain and fuses and request.k.shape[-2] <= MOST_KEYS_AT_ONCE else 0
 
 
 def _even(size: int, most: int) -> int:

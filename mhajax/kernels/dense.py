@@ -47,9 +47,9 @@ def _guarded(
     """`_lifted`, with what is not finite kept where it may be seen; a cache has seen to that itself."""
     given: dict[str, Any] = {"queries": queries, "keys": keys, "mask": mask, "bias": bias, **options}
     if cached or (mask is None and bias is None):
-        return _lifted(q, k, v, **given)
+        return _lifted(q, k, v, moderate=not cached, **given)
     q, k, v, spoilt = finite.heal(q, k, v)
-    heads, captured = _lifted(q, k, v, **given)
+    heads, captured = _lifted(q, k, v, moderate=True, **given)
     rows = finite.reached(spoilt, mask, bias, queries, keys, q.shape)
     return finite.mark(heads, captured, rows, spoilt, mask, bias, queries, keys)
 
@@ -69,6 +69,7 @@ def _lifted(
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     capture: Sequence[str] = (),
+    moderate: bool,
 ) -> tuple[Array, dict[str, Any]]:
     *leading, num_heads, length, width = q.shape
     num_kv_heads, num_keys = k.shape[-3:-1]
@@ -87,7 +88,8 @@ def _lifted(
         if of_pairs is not None:
             scored = partial(_scored, of_pairs, head, q_position, k_position, constants)
         return attend_head(
-            q, k, v, allowed, bias, kept, scored, scale=scale, dropout_rate=dropout_rate, capture=capture
+            q, k, v, allowed, bias, kept, scored,
+            scale=scale, dropout_rate=dropout_rate, capture=capture, moderate=moderate,
         )  # fmt: skip
 
     # Heads as [B, K, G]: what is shared is mapped over none of the axes that share it.
@@ -117,6 +119,7 @@ def attend_head(
     scale: float,
     dropout_rate: float = 0.0,
     capture: Sequence[str] = (),
+    moderate: bool = False,
 ) -> tuple[Array, dict[str, Any]]:
     """One head of one sequence.
 
@@ -131,6 +134,7 @@ def attend_head(
       scale: factor of the products.
       dropout_rate: share of the weights that is dropped.
       capture: "logits", "weights", "log_sum_exp".
+      moderate: the products of q and k are known to be finite, so that -inf may be added to what is hidden.
 
     Returns:
       [T, Hv] in the dtype of v, and what is captured: arrays [T, S], or a `LogSumExp`.
@@ -142,26 +146,38 @@ def attend_head(
             allowed = logits != -jnp.inf  # what the function hides
     if bias is not None:
         logits = logits + bias
-    if allowed is not None:
-        logits = jnp.where(allowed, logits, -jnp.inf)
+    if allowed is not None:  # a sum stays in one loop with the products, a choice does not
+        logits = _hidden(logits, allowed) if moderate and score is None else jnp.where(allowed, logits, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    if allowed is not None:
-        top = jnp.where(top == -jnp.inf, 0, top)
+    if allowed is not None:  # bounds, not choices: the compiler can take them and both products as one loop
+        top = jnp.maximum(top, jnp.finfo(top.dtype).min)
     weights = jnp.exp(logits - top)  # not yet divided by their sum, which is cheaper after the product
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    nothing = None if allowed is None else total == 0
-    if nothing is not None:
-        total = jnp.where(nothing, 1, total)
+    total = sums = jnp.sum(weights, axis=-1, keepdims=True)
+    if allowed is not None:
+        total = jnp.maximum(sums, 0.5)  # 0 of a query that sees nothing, at least 1 of any other
     kept_weights = weights if kept is None else jnp.where(kept, weights * (1 / (1 - dropout_rate)), 0)
     out = precision.einsum("ts,sh->th", precision.narrow(kept_weights, v), v) / total
 
     def log_sum_exp() -> LogSumExp:
         log_total = jnp.log(total)
-        log_total = log_total if nothing is None else jnp.where(nothing, -jnp.inf, log_total)
+        log_total = log_total if allowed is None else jnp.where(sums == 0, -jnp.inf, log_total)
         return LogSumExp(top[:, 0], log_total[:, 0])
 
     captured = {"logits": lambda: logits, "weights": lambda: weights / total, "log_sum_exp": log_sum_exp}
     return out.astype(v.dtype), {name: captured[name]() for name in capture}
+
+
+@jax.custom_jvp
+def _hidden(logits: Array, allowed: Array) -> Array:
+    """Finite logits, -inf where hidden."""
+    return logits + jnp.where(allowed, 0, -jnp.inf).astype(logits.dtype)
+
+
+@_hidden.defjvp
+def _change_of_hidden(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    logits, allowed = primals
+    # A hidden value may be so large that what its weight of 0 owes is NaN.
+    return _hidden(logits, allowed), jnp.where(allowed, tangents[0], 0)
 
 
 def _scored(score: Callable, head: Array, q_position: Array, k_position: Array, constants: tuple, logits: Array):

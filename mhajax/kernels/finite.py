@@ -1,11 +1,13 @@
 """What is not finite stays where it may be seen.
 
 Zero times NaN is NaN, so a weight of 0 does not keep a bad key away from the sums, and least of all from the gradients.
-Bad entries are taken out before a kernel runs, and what they spoil is marked after.
+Bad entries are taken out before a kernel runs, and what they spoil is marked after. Of queries and keys those are bad
+too whose products might overflow, 2^55 or more in float32: what is hidden is then a finite logit plus -inf.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,16 +47,34 @@ def own(array: Array) -> Array:
 
 
 def heal(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array, Spoilt]:
-    """q, k and v with 0 in place of NaN and Inf, and where there were any."""
-    (q, queries), (k, keys), (v, values) = map(healed, (q, k, v))
+    """q, k and v with 0 in place of what is bad, and where there was any."""
+    (q, queries), (k, keys), (v, values) = healed(q, limit(q)), healed(k, limit(k)), healed(v)
     keys = jnp.repeat(keys | values, q.shape[-3] // k.shape[-3], axis=-2)
     return q, k, v, Spoilt(queries, keys)
 
 
-def healed(rows: Array) -> tuple[Array, Array]:
-    """Tokens [..., t, H] with 0 in place of what is not finite, and which had any, [..., t]."""
-    finite = jnp.isfinite(rows)
-    return jnp.where(finite, rows, 0), ~jnp.all(finite, axis=-1)
+def healed(rows: Array, limit: float = math.inf) -> tuple[Array, Array]:
+    """Tokens [..., t, H] with 0 in place of what is not below a limit, and which had any, [..., t]."""
+    good = jnp.abs(rows) < limit
+    return jnp.where(good, rows, 0), ~jnp.all(good, axis=-1)
+
+
+def limit(array: Array) -> float:
+    """What numbers of queries and keys are below, so that no sum of up to 2^17 of their products overflows."""
+    wide, narrow = jnp.finfo(jnp.promote_types(array.dtype, jnp.float32)), jnp.finfo(array.dtype)
+    most = 2.0 ** (wide.maxexp // 2 - 9)
+    return most if most < float(narrow.max) else math.inf
+
+
+def moderate(q: Array, k: Array, v: Array) -> Array:
+    """Whether nothing is bad, bool []: one look at each array, which may say no too often, never yes."""
+    most = float(limit(q.astype(jnp.promote_types(q.dtype, jnp.float32)))) ** 2
+
+    def good(array: Array) -> Array:
+        wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+        return jnp.all(jnp.sum(wide * wide, axis=-1) < most)
+
+    return good(q) & good(k) & good(v)
 
 
 def pairs(spoilt: Spoilt, mask: Mask | None, bias: Array | None, queries: Tokens, keys: Tokens) -> Array:
@@ -94,22 +114,3 @@ def mark(
 def nan_where(where: Array, array: Array) -> Array:
     """NaN there, and no gradient; else the array."""
     return jnp.where(where, jnp.asarray(jnp.nan, array.dtype), array)
-
-
-class Lengths(NamedTuple):
-    """The largest length of a vector of every head; not finite if any of the head's numbers is not."""
-
-    q: Array  # [B·N]
-    k: Array  # [B·K]
-    v: Array  # [B·K]
-
-    @property
-    def finite(self) -> Array:
-        """Whether all are, bool []."""
-        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in self]))
-
-
-def lengths_of(*arrays: Array) -> Lengths:
-    """Those of q [B·N, T, H], k [B·K, S, H] and v [B·K, S, Hv]."""
-    wide = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays)
-    return Lengths(*(jnp.sqrt(jnp.max(jnp.sum(a * a, axis=-1), axis=-1, initial=0)) for a in wide))

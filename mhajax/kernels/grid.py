@@ -50,7 +50,7 @@ class Static(NamedTuple):
     scale: float
     dropout_rate: float
     score: Callable | None  # (score, head, q_position, k_position, *constants), of one pair
-    guarded: bool  # there is a mask or a bias: what is not finite must stay where it is seen
+    guarded: bool  # something that is not finite may be hidden, by a mask or a bias, and must stay where it is seen
 
 
 class Operands(NamedTuple):
@@ -96,9 +96,9 @@ def lay_out(
     return operands, context
 
 
-def in_one_tile(static: Static, operands: Operands, context: Context) -> tuple[Static, Context]:
-    """The same work with all queries and keys of a head in one tile, in which there is nothing to loop over."""
-    tiling = static.tiling._replace(rows=operands.q.shape[1], columns=operands.k.shape[1])
+def in_one_tile(static: Static, operands: Operands, context: Context, items: int) -> tuple[Static, Context]:
+    """The same work with all queries and keys of some items in one tile, in which there is nothing to loop over."""
+    tiling = Tiling(items, operands.q.shape[1], operands.k.shape[1])
     order, plain, visited = np.zeros((1, 1, 1), np.int32), np.zeros((1, 1), np.int32), np.ones((1, 1), np.int32)
     return static._replace(tiling=tiling), context._replace(order=order, plain=plain, visited=visited)
 

@@ -6,6 +6,7 @@ bias and the dropout of one tile are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,19 +94,22 @@ def cut(array: Array, axis: int, index: Array, size: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
 
-def cut_tokens(static: Static, array: Array, index: Array, size: int) -> Array:
-    """The block with this number of [c, tokens, H]; if there is a mask, with 0 in place of what is not finite.
+def cut_tokens(static: Static, array: Array, index: Array, size: int, limit: float = math.inf) -> Array:
+    """The block with this number of [c, tokens, H]; if there is something to guard, with 0 in place of what is bad.
 
-    It is copied anyway, so that this costs nothing; `spoilt` says who must not be told the result.
+    It is copied anyway, so that this costs little; `spoilt` says who must not be told the result.
     """
     block = cut(array, 1, index, size)
-    return finite.healed(block)[0] if static.guarded else block
+    return finite.healed(block, limit)[0] if static.guarded else block
 
 
 def spoilt(static: Static, operands: Operands, context: Context) -> Array:
-    """Queries that see something that is not finite, bool [B·N, T]."""
+    """Queries that see something bad, bool [B·N, T]."""
     items, rows, columns = static.tiling
-    (_, bad_queries), (_, bad_keys), (_, bad_values) = map(finite.healed, (operands.q, operands.k, operands.v))
+    q, k, v, *_ = operands
+    bad_queries, bad_keys, bad_values = (
+        finite.healed(a, most)[1] for a, most in ((q, finite.limit(q)), (k, finite.limit(k)), (v, math.inf))
+    )
 
     def one_chunk(index: Array) -> Array:
         chunk = chunk_of(static, operands._replace(k=bad_keys, v=bad_values), index)
@@ -153,12 +157,9 @@ def logits(
     allowed = _allowed(static, context, tile, bias)
     if allowed is None:
         return scores
-    if bias is not None:
-        scores = scores + jnp.where(allowed, bias, 0)
-    # A bound stays in one loop with the product, a choice does not; but a choice also hides what a score makes of it.
-    bound = jnp.where(allowed, jnp.inf, -jnp.inf).astype(scores.dtype)
-    scores = jnp.minimum(scores, bound)
-    return scores if static.score is None and bias is None else jnp.where(allowed, scores, -jnp.inf)
+    hidden = jnp.where(allowed, 0 if bias is None else bias, -jnp.inf).astype(scores.dtype)
+    # A sum stays in one loop with the products, a choice does not; but a score may make anything of what is hidden.
+    return scores + hidden if static.score is None else jnp.where(allowed, scores + hidden, -jnp.inf)
 
 
 def _allowed(static: Static, context: Context, tile: Tile, bias: Array | None) -> Array | None:
