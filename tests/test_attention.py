@@ -838,6 +838,7 @@ def test_new_values_do_not_retrace():
     assert len({np.asarray(out).tobytes() for out in outs}) == 3
 
 
+@pytest.mark.slow
 def test_compiled_and_eager_agree():
     params, x, memory = small(memory=7)
     close(

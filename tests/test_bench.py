@@ -97,6 +97,7 @@ def test_every_peer_computes_attention(quick_compiles, causal, backward):
     assert timed >= {"jax.nn", "vmap"} and ("torch" in timed) == INSTALLED("torch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal, backward", tiered([(True, False), (False, True)], (True, False)))
 def test_every_peer_computes_the_layer(quick_compiles, causal, backward):
     shape = layer.layer_case("layer", 2, 7, causal, backward, d_model=12, heads=3)
@@ -104,6 +105,7 @@ def test_every_peer_computes_the_layer(quick_compiles, causal, backward):
     assert timed >= {"jax.nn", "vmap"} and ("torch-mha" in timed) == INSTALLED("torch")
 
 
+@pytest.mark.slow
 def test_every_peer_decodes(quick_compiles):
     shape = dataclasses.replace(CORE, batch=2, length=1, keys=5, heads=3, width=4, d_model=12)
     agree(decode.rows(shape, list(decode.BUILDERS), Settings(0.0)))

@@ -113,6 +113,7 @@ def test_extending_works_in_a_scan(lm):
     close(jnp.swapaxes(got, 0, 1), expected)
 
 
+@pytest.mark.slow
 def test_other_leading_axes(lm):
     expected = apply_lm(lm, TOKENS)[0]
     got, _ = extend_lm(lm, TOKENS[0], language_model.init_cache((), T, LM), config=LM)
@@ -140,6 +141,7 @@ def test_an_overflow_is_nan_where_it_cannot(lm):
     assert np.all(np.isnan(logits))
 
 
+@pytest.mark.slow
 def test_appending_itself_checks_its_room():
     config = attention.Config(d_model=6, num_heads=3, num_kv_heads=1, value_dim=5)
     new = attention.KeysValues(jnp.ones((B, 1, 3, 2)), jnp.full((B, 1, 3, 5), 2.0))
@@ -200,7 +202,7 @@ def ragged(seed, most):
         yield x, real
 
 
-@pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
+@pytest.mark.parametrize("rolling", tiered([False, True], True), ids=["all", "rolling"])
 @pytest.mark.parametrize("seed", tiered(range(3), 0))
 def test_rows_at_different_places(rolling, seed):
     state = cache.init((R,), WIDTH if rolling else CAPACITY, ONE, rolling=rolling)
@@ -214,7 +216,7 @@ def test_rows_at_different_places(rolling, seed):
     assert state.length.tolist() == [M] * R
 
 
-@pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
+@pytest.mark.parametrize("rolling", tiered([False, True], True), ids=["all", "rolling"])
 @pytest.mark.parametrize(
     "sizes",
     tiered([[1] * M, [1, 4, 1, 7, 4], [M]], [1, 4, 1, 7, 4]),
@@ -231,10 +233,11 @@ def test_rows_at_the_same_place(rolling, sizes):
     assert state.length.shape == () and state.length == M
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", tiered(["edges one by one", "edges by position", "equal weights"], "edges by position")
 )
-@pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
+@pytest.mark.parametrize("rolling", tiered([False, True], True), ids=["all", "rolling"])
 def test_interventions_are_those_of_the_whole_text(rolling, name):
     """Edges are looked up by the index in the text, as masks are; the cache keeps what would be there without them."""
     cut = np.random.default_rng(0).random((M, CAPACITY)) < 0.4
@@ -261,6 +264,7 @@ def test_interventions_are_those_of_the_whole_text(rolling, name):
     jax.tree.map(close, state, kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiered(["keys", "values", "logits", "weights"], "values"))
 def test_a_rolling_cache_has_no_places_for_a_patch(name):
     rolling = cache.init((R,), WIDTH, ONE, rolling=True)
@@ -305,7 +309,7 @@ def test_a_row_begins_anew():
     assert state.length.tolist() == [11, 4, 11]
 
 
-@pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
+@pytest.mark.parametrize("rolling", tiered([False, True], True), ids=["all", "rolling"])
 def test_loops_and_vmap(rolling):
     """In a while_loop, in a scan, and with one cache for every row under vmap."""
     empty = cache.init((R,), WIDTH if rolling else CAPACITY, ONE, rolling=rolling)
@@ -338,7 +342,7 @@ def test_loops_and_vmap(rolling):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("rolling", [False, True], ids=["all", "rolling"])
+@pytest.mark.parametrize("rolling", tiered([False, True], True), ids=["all", "rolling"])
 def test_a_token_that_is_not_finite_spoils_those_who_see_it(bad, rolling):
     x = X.copy()
     x[1, 3, 5] = bad
@@ -366,6 +370,7 @@ def test_what_is_not_finite_is_taken_out_when_it_is_written():
     np.testing.assert_array_equal(state.v, np.where(bad, 0, new.v))
 
 
+@pytest.mark.slow
 def test_half_precision_in_a_cache():
     state = cache.init((R,), CAPACITY, ONE, jnp.bfloat16)
     out, state = extend_one(X.astype(jnp.bfloat16), state)
@@ -374,6 +379,7 @@ def test_half_precision_in_a_cache():
     assert np.max(np.abs(np.asarray(out, np.float32) - exact)) <= 2 * np.max(np.abs(naive - exact))
 
 
+@pytest.mark.slow
 def test_an_overflow_of_one_row():
     state = dataclasses.replace(cache.init((R,), 5, ONE), length=jnp.array([0, 4, 2]))
     with pytest.raises(ValueError, match="4 more tokens must fit, got a cache of capacity 5 that holds 4"):

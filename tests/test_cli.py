@@ -206,6 +206,7 @@ def test_a_rate_leaves_out_what_came_before_the_first_units(monkeypatch):
     assert watch.bars.tasks == [] and work.Piece(None, "x", 1, "batches").advance() is None
 
 
+@pytest.mark.slow
 def test_compiling_is_not_training(quick_run, monkeypatch):
     """With a step that takes a second for the first batch of a shape, and no time for the others."""
     seen: list[int] = []

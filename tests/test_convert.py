@@ -207,6 +207,7 @@ def test_a_real_layer_and_ours_agree_and_back_comes_what_went_in(make):
         np.testing.assert_array_equal(layer.run(fresh, x, memory), expected)
 
 
+@pytest.mark.slow
 def test_equinox_biases_that_are_missing_become_zeros():
     with enable_x64():
         layer = equinox("key", "output")

@@ -61,6 +61,7 @@ def test_splash_is_refused_where_it_cannot_be_traced():
     assert kernels.explain(q, k, v, platform="tpu").kernel == "splash"
 
 
+@pytest.mark.slow
 def test_the_checks_do_find_what_there_is_to_find():
     q, k, v = numbers(0, B, N, T, H), numbers(1, B, K, S, H), numbers(2, B, K, S, HV)
     v[0, 0, 0] = np.nan  # of a key that is seen

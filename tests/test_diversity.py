@@ -90,6 +90,7 @@ def test_jensen_shannon_is_0_for_the_same_keys_and_1_for_others():
     np.testing.assert_allclose(tally.total / tally.count, [[0, 0, 1], [0, 0, 1], [1, 1, 0]], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_baseline_of_jensen_shannon_is_as_sharp_but_elsewhere():
     """One key of k, shuffled: another key but for one time in k, so 1 - 1/k bits on average."""
     queries, keys = 2003, 5
@@ -175,6 +176,7 @@ def test_principal_angles():
     np.testing.assert_allclose(overlap.baseline, np.where(np.eye(N), 1, H / D), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_random_subspaces_are_the_baseline_of_angles():
     tally = weights_of.principal_angles(numbers(0, 2, D, H), draws=500)
     np.testing.assert_allclose(np.mean(np.cos(tally.baseline[0, 1]) ** 2), H / D, rtol=0.03)
@@ -212,6 +214,7 @@ def test_composition(layers):
             np.testing.assert_allclose(tally.baseline[n, m], D**-0.5, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_baseline_of_composition_is_what_random_heads_have():
     config = attention.Config(d_model=23, num_heads=17, head_dim=H)
     random = [random_params(attention.init_params, config, seed=seed) for seed in (2, 3)]
@@ -231,6 +234,7 @@ def test_the_induction_circuit_composes_by_its_keys():
     np.testing.assert_allclose(found.values.total, np.zeros((2, 2)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     weights, x = patterns(), numbers(0, B, N, T, H)
     wide, real = ((0, 0), (0, 0), (0, 2), (0, 3)), np.pad(REAL, ((0, 0), (0, 2)))

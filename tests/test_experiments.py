@@ -247,6 +247,7 @@ def text_run(tmp_path_factory, quick_compiles, compiled_once):
     return json.loads(out), run
 
 
+@pytest.mark.slow
 def test_any_text_file_trains_a_language_model(text_run):
     result, run = text_run
     assert {"validation_loss", "seconds", "tokens_per_second", "parameters"} <= set(result)
@@ -480,6 +481,7 @@ def test_bad_commands_get_a_message(arguments, parts):
         assert part in err
 
 
+@pytest.mark.slow
 def test_commands_of_the_other_kind_of_run_are_refused(finished, text_run):
     status, _, err = call("sample", finished[1])
     assert status == 2 and "translate" in err

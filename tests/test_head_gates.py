@@ -153,6 +153,7 @@ def task():
     return loss, (x, wanted)
 
 
+@pytest.mark.slow
 def test_l0_closes_what_is_not_needed(task):
     """The dead and the harmful head close, the needed one stays open, and one of the duplicates at least."""
     loss, batches = task

@@ -96,6 +96,7 @@ def test_all_ablations_are_those_of_a_loop(model, looped, batch_size):
     assert np.std(looped, axis=0).min() > 0.1  # a swapped head would be seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", tiered([None, 2], 2))
 def test_sharing_work_changes_no_number(model, looped, batch_size):
     @jax.jit
@@ -180,6 +181,7 @@ def test_slopes_are_finite_differences(exact):
     np.testing.assert_array_equal(michel.cross.count, LENGTHS[:, None])
 
 
+@pytest.mark.slow
 def test_slopes_are_those_of_one_sentence_at_a_time(exact):
     model, _, (michel, _, _) = exact
     with enable_x64():
@@ -188,6 +190,7 @@ def test_slopes_are_those_of_one_sentence_at_a_time(exact):
         np.testing.assert_allclose(jnp.swapaxes(jnp.abs(slopes.encoder), 0, 1), michel.encoder.total, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_interactions_are_second_differences(exact):
     model, loss, (*_, found) = exact
     with enable_x64():
@@ -198,6 +201,15 @@ def test_interactions_are_second_differences(exact):
             at = lambda a, b, i=i, j=j: loss(np.ones(heads) + step * (a * np.eye(heads)[i] + b * np.eye(heads)[j]))  # noqa: E731
             difference = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / (4 * step**2)
             np.testing.assert_allclose(found.total[:, i, j], difference, rtol=1e-5, atol=1e-5)
+
+
+def test_slopes_of_a_product_are_exact():
+    """Of Σ a_i a_j g_i g_j / 2: |a_i Σ a_j| at gates of 1, by the tokens that it is divided by."""
+    slopes = np.array([[1.0, 2, 3, 4, 5], [0, 1, -2, 3, 1]], np.float32)
+    loss = lambda gates: jnp.sum(gates * slopes, axis=-1) ** 2 / 2  # noqa: E731
+    found = importance.michel(loss, jnp.ones(5), tokens=np.array([3, 2]))
+    np.testing.assert_allclose(found.total, np.abs(slopes * slopes.sum(-1, keepdims=True)), rtol=1e-6)
+    np.testing.assert_array_equal(found.count, [[3], [2]])
 
 
 def test_interactions_of_a_product_are_exact():

@@ -184,6 +184,7 @@ def test_masked_keys_reach_nothing_and_a_query_that_sees_nothing_gives_zeros(nam
     assert np.all(seen["heads"][:, :, 0] == 0) and np.all(seen["weights"][:, :, 0] == 0)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_an_amount_is_that_of_the_patch():
     direction = numbers(9, B, T, D)
     gradient = jax.jit(jax.grad(lambda a: jnp.sum(direction * run(interventions.uniform(a)))))(np.zeros(N, np.float32))
@@ -241,6 +242,7 @@ def lm():
     return random_params(language_model.init_params, LM)
 
 
+@pytest.mark.slow
 def test_all_ablations_are_one_vmap(lm):
     traces = []
 

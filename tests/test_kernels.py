@@ -62,7 +62,7 @@ def test_the_page_has_every_row_and_what_other_platforms_can_do():
 
 def test_the_page_claims_of_the_ring_what_its_test_shows():
     source = (ROOT / "tests" / "test_kernels_platforms.py").read_text()
-    assert [case for case in parity.RING.values() if f'"{case}": errors(' not in source] == []
+    assert [case for case in parity.RING.values() if f'"{case}": lambda: errors(' not in source] == []
     assert set(parity.RING) <= set(FEATURES) and set(parity.SPECIAL) <= set(FEATURES)
     assert set.union(*REFUSED.values()) <= set(FEATURES)
 
@@ -117,11 +117,13 @@ def with_gradient(function):
     return both
 
 
+@pytest.mark.slow
 def test_everything_at_once_fully_optimised(full_compiles, monkeypatch):
     monkeypatch.setattr(parity, "quick", full_compiles)
     parity.against_loops(parity.Path("blockwise", Tiling(2, 5, 6)), CASES[EVERYTHING])
 
 
+@pytest.mark.slow
 def test_everything_at_once_in_64_bits(monkeypatch):
     monkeypatch.setitem(parity.BOUNDS, "float64", "1e-9")  # the loops have their slopes from differences
     parity.against_loops(parity.Path("blockwise", Tiling(2, 5, 6)), CASES[EVERYTHING]._replace(dtype="float64"))

@@ -39,6 +39,7 @@ def test_a_masked_number_that_is_nearly_infinite_changes_nothing(name):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_rows_with_a_constant_bias_have_the_gradient_of_the_dense_path():
     """A padded query's row, hidden by -1e9: where log S is lost, weights of 1 were given to every key."""
     length, hidden = 600, slice(10, 20)

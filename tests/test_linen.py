@@ -131,6 +131,7 @@ def test_features(name):
     assert program(by_module, params) == program(lambda p: functions.features(p, *inputs, module.config), params)
 
 
+@pytest.mark.slow
 def test_options_pass_through():
     layer: Any = linen.MultiHeadAttention(ATTENTION)
     params = numbers(attention, ATTENTION)
@@ -177,7 +178,7 @@ DROPS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("module, inputs", DROPS.values(), ids=DROPS)
+@pytest.mark.parametrize("module, inputs", tiered(DROPS.values(), DROPS["attention of a language_model"]), ids=DROPS)
 def test_dropout_takes_its_rng(module, inputs):
     params = numbers(module.functions, module.config)
     variables = {"params": to_dict(params)}
@@ -277,6 +278,7 @@ def test_trains_inside_a_users_model_without_recompiling(model, x):
     assert losses[-1] < 0.5 * losses[0] and len(traces) == 1
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds():
     layer: Any = linen.MultiHeadAttention(ATTENTION)
     seeds = jax.random.split(jax.random.key(0), 3)

@@ -46,6 +46,7 @@ return {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1200])
 def test_a_long_text_is_shaded_by_one_query(window, width):
     browser, path = window

@@ -60,6 +60,7 @@ def test_equals_the_plain_loss_and_its_gradient(chunk, smoothing, weighted):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_without_gradient_the_sums_are_the_same():
     ours = jax.jit(partial(losses.linear_cross_entropy, label_smoothing=0.1, chunk=4))
     for got, want in zip(

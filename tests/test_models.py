@@ -62,6 +62,7 @@ def by_hand(layers, x, config, memory=None, causal=False):
     return rms(jax.tree.map(np.float64, layers.norm), x)
 
 
+@pytest.mark.slow
 def test_models_are_what_their_parts_say():
     """The whole of both models, without positions, against NumPy."""
     plain = {"activation": "relu", "positions": "none"}
@@ -173,6 +174,7 @@ def test_the_program_is_as_long_for_six_layers_as_for_two():
     assert size(6, unroll=6) > 1.4 * size(6)  # so that the line above says something
 
 
+@pytest.mark.slow
 def test_gates_are_those_of_each_layer_and_head(lm, mt):
     ones = block.Gates(jnp.ones((L, N)))
     out = apply_lm(lm, TOKENS, LM)
@@ -220,6 +222,7 @@ def test_looking_into_a_language_model(lm):
     assert np.all(np.asarray(seen.attention["weights"])[..., *np.triu_indices(T, 1)] == 0)
 
 
+@pytest.mark.slow
 def test_looking_into_a_translator(mt):
     look = jax.jit(translator.apply_captured, static_argnames=("config", "capture"))
     out, seen = look(mt, SOURCE, TOKENS, MT, source_lengths=LENGTHS, capture=("weights", "heads"))
@@ -231,6 +234,7 @@ def test_looking_into_a_translator(mt):
     assert np.all(np.asarray(seen.cross["weights"])[:, 1, ..., 4:] == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", tiered(["dropout", "attention_dropout"], "dropout"))
 def test_dropout_follows_its_key(lm, rate):
     config = dataclasses.replace(LM, **{rate: 0.3})
@@ -271,6 +275,7 @@ def test_no_dropout_leaves_no_trace():
     assert lowered(LM, gates=block.Gates()) == lowered(LM)
 
 
+@pytest.mark.slow
 def test_one_table_embeds_and_gives_the_logits(lm):
     features = jax.jit(language_model.features, static_argnames="config")(lm, TOKENS, LM)
     close(apply_lm(lm, TOKENS, LM), features @ lm.embedding.T)

@@ -122,6 +122,7 @@ def test_variability_by_hand():
     np.testing.assert_allclose(tally.baseline, [[0.5 * 0.5], [0.0]])
 
 
+@pytest.mark.slow
 def test_variability_is_0_for_a_fixed_pattern_and_largest_for_heads_that_never_repeat():
     fixed = np.broadcast_to(looking(-1), (B, N, T, T))
     visible = np.broadcast_to(FULL, (B, 1, T, T))
@@ -132,6 +133,7 @@ def test_variability_is_0_for_a_fixed_pattern_and_largest_for_heads_that_never_r
     np.testing.assert_allclose(value(patterns.variability(never, visible)), 1 - 1 / B, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_baseline_of_variability_is_a_head_whose_keys_are_drawn_anew():
     drawn = np.eye(4)[np.random.default_rng(1).integers(0, 4, size=(2000, 1, 5))]
     tally = patterns.variability(drawn, np.ones((5, 4), bool))
@@ -199,6 +201,7 @@ def test_padding_changes_nothing_and_nothing_visible_is_no_nan(random, name):
         np.testing.assert_allclose(part, again, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_half_precision_is_summed_in_float32():
     weights = jnp.asarray(np.broadcast_to(uniform(np.ones((3, 300))), (3, 300)), jnp.bfloat16)
     assert patterns.distance(weights, np.ones((3, 300), bool)).total.dtype == jnp.float32

@@ -285,6 +285,7 @@ def test_errors_say_what_was_expected_and_what_came(name):
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
+@pytest.mark.slow
 def test_the_circuits_are_parameters_of_attention():
     heads = circuits.layer(circuits.previous_token(), circuits.dead())
     x = np.random.default_rng(0).normal(size=(B, T, circuits.WIDTH)).astype(np.float32)

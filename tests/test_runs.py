@@ -93,6 +93,7 @@ def files_of(folder, parts=("",)):
     return [path.relative_to(folder) for path in found if path.is_file() and path.name != "lock"]
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_changes_parameters_or_gives_a_raw_error(tiny, tmp_path):
     arrays = files_of(tiny, ["checkpoints/latest/8", "checkpoints/best/8"])
     files = [file for file in files_of(tiny) if len(file.parts) == 1] + random.Random(1).sample(arrays, 4)

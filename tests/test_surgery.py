@@ -79,6 +79,7 @@ def test_the_library_runs_what_was_pruned():
     np.testing.assert_allclose(run(smaller), out(params, gates=np.isin(np.arange(6), [0, 1, 4])), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_heads_of_zeros_stay_zero_in_training_and_nothing_is_changed_in_place():
     params, config = made(4, use_bias=False)
     before = jax.tree.map(np.array, params)
@@ -213,6 +214,7 @@ def test_grouped_key_heads_are_the_mean_and_exact_if_they_were_equal():
     np.testing.assert_allclose(out(again), out(equal), **BIG)
 
 
+@pytest.mark.slow
 def test_grouped_models_run(quick_compiles):
     params, config, run = a_translator()
     grouped, shape = surgery.group_kv(params, config, 1)

@@ -272,6 +272,7 @@ def test_weight_decay_that_would_do_nothing_is_refused(name):
     assert not training.Config(optimizer=name).weight_decay and not training.Config(weight_decay=0.0).weight_decay
 
 
+@pytest.mark.slow
 def test_clipping_scales_the_global_norm():
     config = training.Config(
         optimizer="sgd", beta1=0.0, learning_rate=1.0, warmup_steps=0, schedule="constant", clip_norm=2.0
@@ -283,6 +284,7 @@ def test_clipping_scales_the_global_norm():
     np.testing.assert_allclose(optax.tree.norm(updates), 2.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_average_follows_its_recurrence():
     config = replace(CONFIG, steps=5)
     state, step = parts(config)
@@ -295,6 +297,7 @@ def test_the_average_follows_its_recurrence():
     assert state.evaluated is state.average
 
 
+@pytest.mark.slow
 def test_resumed_inside_a_group_of_accumulated_batches_ends_with_the_same_bits(tmp_path):
     config = replace(CONFIG, accumulate=5)
     start, step = parts(config)

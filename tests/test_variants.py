@@ -140,7 +140,8 @@ def test_gradients_are_those_of_the_formula(name, params, run, streams):
     np.testing.assert_allclose(got, expected, rtol=3e-4)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", tiered(NAMES, "differential"), indirect=True)
+@pytest.mark.parametrize("bad", tiered([np.nan, np.inf], np.nan))
 def test_what_is_not_finite_reaches_only_the_queries_that_see_it(name, params, run, streams, bad):
     """Neither output nor gradient of the others; of the query itself, and of a key that some see and some do not."""
     x, memory = (a.copy() for a in streams)
@@ -158,6 +159,7 @@ def test_what_is_not_finite_reaches_only_the_queries_that_see_it(name, params, r
     chex.assert_trees_all_close(gradients, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", tiered(NAMES, "talking_heads"), indirect=True)
 def test_causal_by_gradient_without_memory_and_with_places(name, params, streams):
     x = streams[0]
     places = np.array([[0, 1, 2, 3, 4], [4, 2, 0, 1, 3]])
@@ -172,6 +174,7 @@ def test_causal_by_gradient_without_memory_and_with_places(name, params, streams
         np.testing.assert_array_equal(reached, places <= places[:, t : t + 1])
 
 
+@pytest.mark.slow
 def test_gates_leading_axes_and_half_precision(name, streams):
     """Gates of 0 remove a head; biases of the projections are used; any leading axes; the dtype is that of x."""
     params = random_params(of(name).init_params, BIASED)
@@ -224,6 +227,7 @@ def test_reductions_to_attention(name, streams):
     np.testing.assert_allclose(both(apply, params, streams[0]), expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_differential_without_the_second_softmax_is_attention_with_normalised_heads(streams):
     """λ = exp(0) − exp(0) + 0."""
     params = random_params(differential.init_params, CONFIG)
@@ -259,7 +263,7 @@ def test_sigmoid_offsets(streams):
     np.testing.assert_allclose(each, only, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", NAMES)
+@pytest.mark.parametrize("variant", tiered(NAMES, "differential"))
 def test_dropout_drops_and_needs_a_key(variant, streams):
     params = random_params(of(variant).init_params, CONFIG)
     call = partial(of(variant).apply, params, streams[0], CONFIG)
@@ -271,7 +275,7 @@ def test_dropout_drops_and_needs_a_key(variant, streams):
         call(dropout_rate=0.5)
 
 
-@pytest.mark.parametrize("variant", NAMES)
+@pytest.mark.parametrize("variant", tiered(NAMES, "talking_heads"))
 def test_initial_parameters_are_those_of_a_working_attention(variant):
     assert of(variant).Config is attention.Config
     x = numbers(0, T, D)

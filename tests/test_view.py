@@ -9,6 +9,7 @@ from importlib import resources
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import tiered
 
 from mhajax import view
 from mhajax.view import page
@@ -248,6 +249,7 @@ def numbers(row):
     return [f"{weight:.2f}" if weight >= 0.005 else "" for weight in row]
 
 
+@pytest.mark.slow
 def test_it_starts_with_the_first_head_that_has_a_note(opened):
     seen = look(opened)
     assert seen["chosen"] == [5] and seen["list"] == ["layer 1 · head 2"] and seen["notes"] == [NOTES["cross", 1, 2]]
@@ -378,7 +380,7 @@ def test_a_finger_keeps_a_word_chosen(quiet, file):
     assert look(quiet)["pinned"] == [] and set(look(quiet)["query_numbers"]) == {""}
 
 
-@pytest.mark.parametrize("shape", [(2, 8), (6, 16), (12, 12)])
+@pytest.mark.parametrize("shape", tiered([(2, 8), (6, 16), (12, 12)], (6, 16)))
 def test_it_fits_a_phone_and_a_desk(quiet, tmp_path, shape):
     words = [f"word{i}" for i in range(13)] + ["Donaudampfschifffahrtsgesellschaft"]
     path = tmp_path / "wide.html"
@@ -410,6 +412,7 @@ def test_dark_and_still_if_the_reader_prefers_it(quiet, file):
     assert quiet.execute_script(style, ".word", "transitionDuration") != "0s"
 
 
+@pytest.mark.slow
 def test_in_a_notebook_the_frame_is_as_tall_as_the_view(quiet, tmp_path):
     path = tmp_path / "notebook.html"
     cell = f'<body data-jp-theme-light="false">{both()._repr_html_()}'

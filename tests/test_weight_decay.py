@@ -45,6 +45,7 @@ def test_of_a_language_model(layers):
         assert names(decayed(tree), False) == spared
 
 
+@pytest.mark.slow
 def test_of_a_translator_and_of_its_flax_module():
     config = translator.Config(encoder_layers=2, decoder_layers=2, **SHAPE)  # pyright: ignore
     token = jnp.zeros((1, 1), jnp.int32)

@@ -79,7 +79,7 @@ def _lifted(
         bias = full_rank("bias", bias, full)
         visible = bias != -jnp.inf  # NaN is not hidden
         allowed = visible if allowed is None else allowed & visible
-        bias = jnp.where(visible, bias, 0)
+        bias = jnp.where(allowed, bias, 0)  # what a mask hides may be anything
     kept = None if dropout_key is None or not dropout_rate else dropout.keep(dropout_key, dropout_rate, full)
     of_pairs = None if score is None else pairs.lift(score)
 
