@@ -40,6 +40,7 @@ def test_rollout_of_a_head_that_looks_back_is_a_binomial():
     np.testing.assert_allclose(alignment.rollout(weights)[-1, 4], np.array([1, 4, 6, 4, 1, 0]) / 16, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_stays_out_of_a_rollout():
     weights = softmax(numbers(1, L, N, T, T))
     padded = alignment.rollout(np.pad(weights, ((0, 0), (0, 0), (0, 2), (0, 2))))
@@ -169,6 +170,7 @@ def test_the_rate_of_a_corpus_is_a_ratio_of_sums():
     assert (measure.low <= measure.value).all() and (measure.value <= measure.high).all()
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     weights = softmax(numbers(2, B, N, T, S))
     sure, visible = np.random.default_rng(1).random((B, 1, T, S)) < 0.3, np.ones((B, 1, T, S), bool)

@@ -422,6 +422,7 @@ def test_what_is_not_finite_and_visible_is_not_hidden(masked):
     assert np.all(np.isnan(out[1, 4])) and np.all(np.isfinite(out[0])) and np.all(np.isfinite(out[1, :4]))
 
 
+@pytest.mark.slow
 def test_keys_and_values_given_directly_are_kept_apart_too():
     """A cache's empty slots may hold anything; and NaN of only the keys or only the values is NaN where it is seen."""
     params, x, memory = small(memory=7)
@@ -690,6 +691,7 @@ def test_what_is_seen_is_what_it_is_called():
     close(seen["contributions"], np.einsum("bnth,nhd->bntd", heads, params.w_o), 3e-6)
 
 
+@pytest.mark.slow
 def test_weights_are_seen_before_dropout_and_queries_after_rotation():
     params, x, _ = small()
     look = partial(apply_captured, params, x, SMALL, capture=("weights", "queries", "keys"))
@@ -749,6 +751,7 @@ def take_heads(params: Params, heads: list[int]) -> Params:
     return chosen._replace(b_o=params.b_o)
 
 
+@pytest.mark.slow
 def test_a_gate_of_zero_is_a_head_less():
     params, x = random_params(PAIR_CONFIG), numbers(1, 2, 5, 6)
     pruned = Config(d_model=6, num_heads=2, head_dim=2, value_dim=5, use_bias=True)
@@ -781,6 +784,7 @@ def test_the_order_of_heads_does_not_matter():
     close(turned_seen["weights"], seen["weights"][:, jnp.array([2, 0, 1])], 1e-6)
 
 
+@pytest.mark.slow
 def test_heads_start_different_and_with_the_right_variance():
     config = Config(d_model=101, num_heads=6, num_kv_heads=3, head_dim=31, value_dim=37, use_bias=True)
     params = init_params(jax.random.key(1), config)
@@ -851,6 +855,7 @@ def test_an_empty_batch_is_an_empty_result():
     assert apply(params, x[:0], SMALL, mask=masks.causal()).shape == (0, 5, 6)
 
 
+@pytest.mark.slow
 def test_the_memory_can_be_projected_once():
     params, x, memory = small(memory=7)
     places = jnp.arange(7) + 2

@@ -63,6 +63,7 @@ def test_a_layer_has_four_projections():
         assert found == core * 4 * 2 * 3 * 4 * 5 * 5 + maps * 4 * 2 * (2 * 5) * 12 * 12
 
 
+@pytest.mark.slow
 def test_every_round_calls_everybody_in_another_order():
     orders = [timing.order("abcd", number) for number in range(4)]
     assert all(sorted(names) == list("abcd") for names in orders)

@@ -80,6 +80,7 @@ def test_a_language_model_extends_to_what_it_gives_at_once(lm, sizes):
     assert np.all(np.asarray(state[1].k)[..., T:, :] == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", tiered([[1] * T, [3, 3, 1]], [3, 3, 1]), ids=["token by token", "in chunks"])
 def test_a_translator_extends_to_what_it_gives_at_once(mt, sizes):
     expected = apply_mt(mt, SOURCE, TOKENS, source_lengths=LENGTHS)
@@ -103,6 +104,7 @@ def test_gates_and_masks_are_those_of_the_whole_text(lm):
     close(got, expected)
 
 
+@pytest.mark.slow
 def test_extending_works_in_a_scan(lm):
     def one(state, token):
         logits, state = language_model.extend(lm, token[:, None], state, LM)
@@ -131,6 +133,7 @@ def test_an_overflow_is_an_error_where_it_can_be_seen(lm):
         extend_lm(lm, TOKENS[:, :6], state, config=LM)
 
 
+@pytest.mark.slow
 def test_an_overflow_is_nan_where_it_cannot(lm):
     state = language_model.init_cache((B,), 5, LM)
     logits, state = extend_lm(lm, TOKENS[:, :5], state, config=LM)  # full to the brim
@@ -299,6 +302,7 @@ def test_a_long_chunk_goes_the_way_of_any_attention():
     close(np.concatenate([first, rest], axis=1), whole(x))
 
 
+@pytest.mark.slow
 def test_a_row_begins_anew():
     _, state = extend_one(X[:, :7], cache.init((R,), CAPACITY, ONE))
     state = dataclasses.replace(state, length=state.length * jnp.array([1, 0, 1]))
@@ -309,6 +313,7 @@ def test_a_row_begins_anew():
     assert state.length.tolist() == [11, 4, 11]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rolling", tiered([False, True], True), ids=["all", "rolling"])
 def test_loops_and_vmap(rolling):
     """In a while_loop, in a scan, and with one cache for every row under vmap."""

@@ -58,6 +58,7 @@ def test_the_queries_that_count_can_be_given():
     close(seen["column_sums"], np.sum(np.asarray(seen["weights"]) * real[:, None, :, None], axis=2))
 
 
+@pytest.mark.slow
 def test_what_is_spoilt_is_marked_where_it_is_seen():
     spoilt = X.copy()
     spoilt[0, 20] = np.nan

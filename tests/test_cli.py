@@ -53,6 +53,7 @@ def test_every_config_has_a_quick_look(path):
     assert quick.shrink(small) == small
 
 
+@pytest.mark.slow
 def test_a_finished_run_in_python(quick_run):
     params, config, words, apply = experiments.load(quick_run[1])
     ids = words.encode("a rose")
@@ -66,6 +67,7 @@ def test_a_finished_run_in_python(quick_run):
         experiments.load(quick_run[1], seed=1)
 
 
+@pytest.mark.slow
 def test_a_prompt_with_unknown_characters_is_told(quick_run):
     status, _, err = call("sample", quick_run[1], "--prompt", "rosé", "--tokens", 1)
     assert status == 0 and "'é' not among" in err and "characters that this run knows" in err

@@ -14,6 +14,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from reference import numbers, random_params
+from tiers import tiered
 
 from mhajax import attention, convert
 from mhajax.attention import Config, Params
@@ -190,10 +191,10 @@ def assert_close(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.max(np.abs(expected)))
 
 
-@every_layer
-def test_a_real_layer_and_ours_agree_and_back_comes_what_went_in(make):
+@pytest.mark.parametrize("name", tiered(LAYERS, "linen", "nnx", "haiku", "equinox", "torch"))
+def test_a_real_layer_and_ours_agree_and_back_comes_what_went_in(name):
     with enable_x64():
-        layer = make()
+        layer = LAYERS[name]()
         x, memory = (numbers(seed, B, n, layer.config.d_model, dtype=np.float64) for seed, n in ((1, T), (2, S)))
         params, config = layer.there(layer.source)
         assert config == layer.config

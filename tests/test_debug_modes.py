@@ -72,6 +72,7 @@ def test_the_checks_do_find_what_there_is_to_find():
         jax.jit(lambda q: leaked.append(q) or jnp.sum(attend("dense", q, k, v)))(q)
 
 
+@pytest.mark.slow
 def test_a_layer_passes_all_of_them():
     config = attention.Config(d_model=6, num_heads=4, num_kv_heads=2, head_dim=3, use_bias=True)
     with ExitStack() as modes:

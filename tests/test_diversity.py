@@ -137,6 +137,7 @@ def test_linear_cka(measured):
     np.testing.assert_allclose(tally.baseline[0, 0, 2], shuffled, rtol=0.03)
 
 
+@pytest.mark.slow
 def test_debiased_cka(measured):
     x, (_, tally) = measured
     n = (11, 13)
@@ -155,6 +156,7 @@ def test_debiased_cka(measured):
     np.testing.assert_allclose(np.mean(plain.total[:, 0, 1]), np.mean(plain.baseline[:, 0, 1]), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_cka_knows_no_rotation_and_no_scale():
     x = numbers(3, 19, H)
     turn = np.linalg.qr(numbers(4, H, H))[0]

@@ -104,6 +104,7 @@ def test_jax_nn(name):
                 assert np.abs(mine - truth).max() <= 2 * np.abs(other - truth).max() + 1e-5
 
 
+@pytest.mark.slow
 def test_jax_nn_without_batch_and_with_residual():
     q, k, v = (a[1] for a in arrays())
     mask, bias = SEEN[1], numbers(3, N, T, S)
@@ -389,6 +390,7 @@ def test_an_nnx_layer_shows_its_weights_and_stays_as_it_is():
     assert shown[0].shape == (B, LAYER["num_heads"], T, T)
 
 
+@pytest.mark.slow
 def test_an_nnx_layer_decodes_from_its_own_cache():
     whole, step = nnx_layer(**GROUPED), nnx_layer(**GROUPED, attention_fn=our_nnx.attention_fn, decode=True)
     step.init_cache(X.shape)

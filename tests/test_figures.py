@@ -47,6 +47,7 @@ def test_files_are_the_same_every_time(tmp_path):
     assert len(list((tmp_path / "first").iterdir())) == 12
 
 
+@pytest.mark.slow
 def test_saving_twice_changes_nothing(tmp_path):
     drawing = drawings()["patterns"]
     first = [path.read_bytes() for path in figures.save(drawing, tmp_path / "a")]

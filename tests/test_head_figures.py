@@ -5,6 +5,7 @@ import xml.etree.ElementTree as xml
 
 import numpy as np
 import pytest
+from tiers import tiered
 
 from mhajax import figures
 
@@ -83,7 +84,7 @@ def texts(drawing):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("size", tiered(["small", "large"], "large"))
 def test_nothing_leaves_the_page_and_the_page_is_no_poster(size, name, request):
     figure = request.getfixturevalue(size)[name].figure
     width, height = figure.get_size_inches()

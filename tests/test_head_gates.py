@@ -168,6 +168,7 @@ def test_l0_closes_what_is_not_needed(task):
     assert after < before
 
 
+@pytest.mark.slow
 def test_causal_gates_give_planted_heads_their_roles(task):
     loss, batches = task
     found = gates.fit_causal(loss, jnp.ones(5), optax.adam(0.1), jax.random.key(2), batches, weight=0.01, steps=400)

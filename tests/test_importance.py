@@ -212,6 +212,7 @@ def test_slopes_of_a_product_are_exact():
     np.testing.assert_array_equal(found.count, [[3], [2]])
 
 
+@pytest.mark.slow
 def test_interactions_of_a_product_are_exact():
     """Σ a_i a_j g_i g_j has second derivatives a_i a_j and 2 a_i², at any gates, in a tree of any shape."""
     slopes = np.array([[1.0, 2, 3, 4, 5], [0, 1, -2, 3, 1]], np.float32)
@@ -297,6 +298,7 @@ def test_interactions_of_planted_heads(circuit):
     np.testing.assert_allclose(both - sum(each), 2 * size[:, 0], rtol=1e-4)  # exact, as the loss is quadratic
 
 
+@pytest.mark.slow
 def test_attribution_is_exact_for_a_linear_readout(circuit):
     x = jax.random.normal(jax.random.key(8), (3, 6, 4))
     params, _ = jax.jit(planted)(x)

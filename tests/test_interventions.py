@@ -117,6 +117,7 @@ def run(intervention: Intervention, x: Any = X, **options: Any) -> Any:
     return apply(PARAMS, x, CONFIG, mask=MASK, bias=BIAS, intervention=intervention, **options)
 
 
+@pytest.mark.slow
 def test_what_a_run_captured_changes_nothing_when_it_is_patched_back():
     look = jax.jit(attention.apply_captured, static_argnames=("config", "capture"))
     plain, seen = look(PARAMS, X, CONFIG, mask=MASK, bias=BIAS, gates=numbers(3, N), capture=tuple(SHAPES))

@@ -23,16 +23,23 @@ EVERYTHING = "dropout, mask, bias, score"
 
 CELLS = [(path, name) for name in FEATURES for path in COMPUTED]
 # One case of every promise, on the definition and in tiles; the page says what all of them do.
-PROMISES = (
-    "causal, T ≠ S", "`&`, `\\|`, `~` together", "positions by example", "bias with -inf and its gradient, mask",
-    "score of your own, gradient of what it closes over", "sinks and their gradient", "dropout, mask, bias, score",
-    "grouped heads, N = 6, K = 3", "two batch axes, a bias shared along one", "a query with nothing to attend to",
-    "NaN, Inf in masked keys, values", "NaN, Inf in a visible key, value, query", "float64", "bfloat16",
-    "mask as an argument of `jit`", "capture of weights, logits", "gradients of gradients", "`cached=True`",
-    "forward mode: `jvp`, `hessian`",
-)  # fmt: skip
-ALWAYS = [(path, name) for path, name in CELLS if name in PROMISES and path in ("dense", "blockwise, several tiles")]
-ALWAYS += [("blockwise, all heads at once", name) for name in ("segments", "dropout, mask, bias, score")]
+TILES = "blockwise, several tiles"
+PROMISES = {
+    "dense": (
+        "`&`, `\\|`, `~` together", "dropout, mask, bias, score", "two batch axes, a bias shared along one",
+        "NaN, Inf in masked keys, values", "NaN, Inf in a visible key, value, query", "`cached=True`",
+        "forward mode: `jvp`, `hessian`",
+    ),
+    TILES: (
+        "`&`, `\\|`, `~` together", "positions by example", "bias with -inf and its gradient, mask",
+        "score of your own, gradient of what it closes over", "sinks and their gradient", "dropout, mask, bias, score",
+        "grouped heads, N = 6, K = 3", "a query with nothing to attend to", "NaN, Inf in masked keys, values",
+        "NaN, Inf in a visible key, value, query", "bfloat16", "mask as an argument of `jit`",
+        "capture of weights, logits", "gradients of gradients", "`cached=True`",
+    ),
+    "blockwise, all heads at once": ("segments",),
+}  # fmt: skip
+ALWAYS = [(path, name) for path, names in PROMISES.items() for name in names]
 
 WRITING = bool(os.environ.get("MHAJAX_WRITE"))
 OUTDATED = "docs/parity.md is not what the paths do; its first lines say how it is written anew"

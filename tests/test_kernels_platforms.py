@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import tiered
 
 from mhajax import attention, kernels, masks, scores
 from mhajax.kernels import choice, cudnn, devices, guard, ring
@@ -159,7 +160,7 @@ CUDNN = {
 }
 
 
-@pytest.mark.parametrize("name", CUDNN)
+@pytest.mark.parametrize("name", tiered(CUDNN, "causal and lengths"))
 def test_the_arguments_for_cudnn_say_what_the_mask_says(name):
     mask, s = CUDNN[name]
     q, k, v = heads_of(s=s, h=8, hv=8)

@@ -82,6 +82,7 @@ def test_paths_and_heads():
     assert params["embedding"].shape == (V, D)
 
 
+@pytest.mark.slow
 def test_init_draws_every_head_anew():
     layer = linen.MultiHeadAttention(attention.Config(d_model=64, num_heads=4))
     params: Any = layer.init(jax.random.key(0), jnp.ones((1, 1, 64)))["params"]
@@ -205,6 +206,7 @@ def test_dropout_is_the_functions():
         layer.apply(variables, X, deterministic=False, dropout_rate=0.1, rngs={"dropout": jax.random.key(0)})
 
 
+@pytest.mark.slow
 def test_without_dropout_no_rng_is_needed():
     for module, _, inputs in CASES.values():
         variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)

@@ -63,6 +63,7 @@ def test_a_long_text_is_shaded_by_one_query(window, width):
     assert "looks at" in seen["status"] and "0.25" in seen["status"]
 
 
+@pytest.mark.slow
 def test_small_pictures_lose_no_line_and_no_faint_weight(window):
     browser, path = window
     browsers.show(browser, path)

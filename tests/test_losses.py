@@ -69,6 +69,7 @@ def test_without_gradient_the_sums_are_the_same():
         np.testing.assert_allclose(got, want, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds_is_a_loop():
     features, table = np.stack([FEATURES, FEATURES[::-1]]), np.stack([TABLE, 2 * TABLE])
     loss = lambda f, t: losses.linear_cross_entropy(f, t, TARGETS, WEIGHTS, chunk=4).loss  # noqa: E731

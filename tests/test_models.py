@@ -80,6 +80,7 @@ def test_models_are_what_their_parts_say():
     close(apply_mt(params, SOURCE, TOKENS, config), x @ table.T, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_shapes_and_dtypes():
     shape = lambda config, module, *inputs: jax.eval_shape(  # noqa: E731
         lambda key: module.apply(module.init_params(key, config), *inputs, config), jax.random.key(0)
@@ -114,6 +115,7 @@ def test_later_tokens_change_no_earlier_logits(lm, positions):
     assert np.all(np.abs(before[:, 3:] - after[:, 3:]).max(-1) > 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["rotary", "sinusoidal"])
 def test_positions_matter_and_rotary_ones_only_by_difference(lm, positions):
     config = dataclasses.replace(LM, positions=positions)

@@ -90,6 +90,7 @@ def test_init_makes_the_functions_parameters(kind, config, inputs):
     assert program(made) == program(lambda: kind.functions.init_params(nnx.Rngs(3).params(), config))
 
 
+@pytest.mark.slow
 def test_paths_and_heads():
     assert paths(modules.MultiHeadAttention(ATTENTION, rngs=nnx.Rngs(0))) == {
         "w_q": (N, D, H), "w_k": (K, D, H), "w_v": (K, D, HV), "w_o": (N, HV, D)
@@ -165,6 +166,7 @@ def test_features(name):
     assert program(lambda params: bind(params).features(*inputs), params) == program(by_function, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -294,6 +296,7 @@ class Classifier(nnx.Module):
 TRAINED = [(Sandwich, X), (Classifier, TARGET)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, x", tiered(TRAINED, TRAINED[0]), ids=["layer", "model"])
 def test_trains_inside_a_users_model_without_recompiling(kind, x):
     model = kind(nnx.Rngs(0))
@@ -317,6 +320,7 @@ def test_trains_inside_a_users_model_without_recompiling(kind, x):
         np.testing.assert_array_equal(model(x), model(x))
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds():
     make = lambda rngs: modules.MultiHeadAttention(ATTENTION, rngs=rngs)  # noqa: E731
     ensemble = nnx.split_rngs(splits=3)(nnx.vmap(make))(nnx.Rngs(0))

@@ -113,6 +113,7 @@ def test_spread_by_hand():
     np.testing.assert_allclose(tally.total, (1.5 * np.log(2) + np.log(2)) / np.log(3), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_variability_by_hand():
     """Two sentences, one query: weights (1, 0) and (½, ½), mean (¾, ¼): each deviates by ½ in sum, so ¼ of 1."""
     weights = np.array([[[1.0, 0.0]], [[0.5, 0.5]]])[:, None]  # [B, N, T, S]
@@ -158,6 +159,7 @@ def test_variability_compares_what_sees_the_same_keys():
     np.testing.assert_allclose(tally.total[:2], long.total, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_positional_heads_are_found_and_others_are_not():
     random = np.random.default_rng(3)
     heads = np.stack([looking(-1), looking(2), looking(0)])

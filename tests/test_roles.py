@@ -37,6 +37,7 @@ def seen():
     return np.asarray(captured.attention["weights"]), np.asarray(tokens), visible, np.asarray(logits)
 
 
+@pytest.mark.slow
 def test_repeated_tokens():
     tokens = np.asarray(roles.repeated_tokens(jax.random.key(1), np.arange(11, 53), sequences=B, start=3))
     assert tokens.shape == (B, 101) and (tokens[:, 0] == 3).all()

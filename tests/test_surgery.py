@@ -134,6 +134,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiered(MODELS, "stack, cross"))
 def test_pruned_models_are_gated_ones(name, quick_compiles):
     make, keep = MODELS[name]
@@ -232,6 +233,7 @@ def duplicated(num_kv_heads=None, **options):
     return params._replace(w_q=params.w_q.at[1].set(params.w_q[0]), b_q=params.b_q.at[1].set(params.b_q[0])), config
 
 
+@pytest.mark.slow
 def test_duplicates_become_one_exactly():
     params, config = duplicated()
     merged, shape, lost = surgery.merge(params, config, [(1, 4), (5, 0)])

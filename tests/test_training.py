@@ -240,6 +240,7 @@ def test_no_update_is_wasted_at_the_start_and_the_last_is_zero_only_after_the_wh
             assert (found > 0).all()
 
 
+@pytest.mark.slow
 def test_weight_decay_spares_vectors():
     config = training.Config(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5, steps=2)
     params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
@@ -362,6 +363,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_checkpoint_and_advice(tmp_pat
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved.params))
 
 
+@pytest.mark.slow
 def test_the_best_parameters_are_kept(tmp_path, step):
     checkpoints = training.Checkpoints(tmp_path)
     scores = iter([3.0, 1.0])

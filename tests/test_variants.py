@@ -195,6 +195,7 @@ def test_gates_leading_axes_and_half_precision(name, streams):
     np.testing.assert_allclose(half.astype(np.float32), out, atol=0.12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", tiered(ON_EVERY_KERNEL, ON_EVERY_KERNEL[0]))
 def test_the_blockwise_kernel_gives_the_same(variant, streams):
     params = random_params(of(variant).init_params, CONFIG)
@@ -219,6 +220,7 @@ REDUCED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REDUCED)
 def test_reductions_to_attention(name, streams):
     apply, params, options, factor = REDUCED[name]
@@ -254,6 +256,7 @@ def test_talking_heads_with_masks_of_their_own(streams):
     np.testing.assert_allclose(got, by_formula("talking_heads", params, *streams, hidden), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_sigmoid_offsets(streams):
     params = random_params(sigmoid.init_params, CONFIG)
     call = jax.jit(lambda offset: sigmoid.apply(params, streams[0], CONFIG, offset=offset))

@@ -97,6 +97,7 @@ def test_under_vmap_they_are_the_calls_and_what_is_hardly_taken_stays_a_branch()
     assert jax.jit(mapped).lower(q, k[0], v, lengths).as_text().count("stablehlo.case") == 1
 
 
+@pytest.mark.slow
 def test_a_gradient_goes_in_tiles_and_has_one_itself():
     path = PATH._replace(tiling=Tiling(2, 4, 4))
     direct = {
