@@ -169,6 +169,7 @@ def test_half_precision_extends_too(lm):
     assert np.max(np.abs(got - exact)) <= 2 * np.max(np.abs(expected - exact))
 
 
+@pytest.mark.slow
 def test_rows_can_be_selected(mt):
     rows = jnp.array([1, 1])
     state = begin_mt(mt, SOURCE, source_lengths=LENGTHS)

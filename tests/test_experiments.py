@@ -68,6 +68,8 @@ steps = 8
 warmup_steps = 2
 log_every = 2
 evaluate_every = 4
+checkpoint_every = 2
+average_decay = 0.9
 [sampling]
 prompt = "a"
 tokens = 9
@@ -149,9 +151,10 @@ def test_the_heads_of_a_run_are_reported(finished):
     assert call("heads", run, "--sentences", 1)[0] == 2
 
 
-def test_a_finished_run_is_reported_again_without_training(finished):
-    result, run, config = finished
-    for again in ([run], [config, "--runs", run.parent]):
+@pytest.mark.parametrize("kind", tiered(["text_run", "finished"], "text_run"))
+def test_a_finished_run_is_reported_again_without_training(kind, request):
+    result, run, *_ = request.getfixturevalue(kind)
+    for again in ([run], [run.parent.parent / "tiny.toml", "--runs", run.parent]):
         status, out, err = call(*again, "--json")
         assert status == 0 and "already trained" in err
         assert json.loads(out) == result
@@ -247,7 +250,6 @@ def text_run(tmp_path_factory, quick_compiles, compiled_once):
     return json.loads(out), run
 
 
-@pytest.mark.slow
 def test_any_text_file_trains_a_language_model(text_run):
     result, run = text_run
     assert {"validation_loss", "seconds", "tokens_per_second", "parameters"} <= set(result)
@@ -341,9 +343,13 @@ def _wait_for_step(runs, step, process):
     raise AssertionError(f"the run never reached step {step}: {process.communicate()[0]}")
 
 
-@pytest.mark.parametrize("steps", tiered([[5], [5, 9]], [5]), ids=["once", "twice"])
-def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(finished, tmp_path, steps):
-    _, whole, config = finished
+KILLED = [("text_run", [3]), ("text_run", [3, 6]), ("finished", [5]), ("finished", [5, 9])]
+
+
+@pytest.mark.parametrize(("kind", "steps"), tiered(KILLED, KILLED[0]))
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(kind, steps, request, tmp_path):
+    _, whole, *_ = request.getfixturevalue(kind)
+    config = whole.parent.parent / "tiny.toml"
     for step in steps:  # after a checkpoint, between two others; each time somewhere in a step
         process = _start(config, tmp_path)
         _wait_for_step(tmp_path, step, process)

@@ -161,6 +161,7 @@ def test_pruning_goes_from_all_heads_to_none(model, trained, worth):
     )
 
 
+@pytest.mark.slow
 def test_findings_have_intervals_and_baselines(found, model):
     for of_kind in found.heads.values():
         for one in of_kind.values():
@@ -187,6 +188,7 @@ def test_a_head_has_the_role_that_it_does_most(found, model):
     assert roles.roles(model, changed, 0)["encoder", 0, 1] == roles.Role("", "")
 
 
+@pytest.mark.slow
 def test_the_page_and_its_numbers(found, model, trained):
     page, drawings = report.make(model, found, trained, "<run>", 2)
     text = page.html()

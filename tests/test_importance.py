@@ -88,6 +88,7 @@ def by_head(tree: Any) -> np.ndarray:
     return np.concatenate([np.moveaxis(np.asarray(leaf), 1, 2).reshape(-1, B) for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", tiered([None, 7], 7))
 def test_all_ablations_are_those_of_a_loop(model, looped, batch_size):
     found = jax.jit(lambda gates: importance.ablations(model.loss, gates, batch_size=batch_size))(model.gates)

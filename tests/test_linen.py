@@ -124,6 +124,7 @@ def test_round_trip(module, functions, inputs):
     assert type(linen.functional(module, to_dict(params))) is functions.Params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["language_model", "translator"])
 def test_features(name):
     module, functions, inputs = CASES[name]
@@ -193,6 +194,7 @@ def test_dropout_takes_its_rng(module, inputs):
         module.apply(variables, *inputs, deterministic=False)
 
 
+@pytest.mark.slow
 def test_dropout_is_the_functions():
     layer: Any = linen.MultiHeadAttention(ATTENTION, dropout_rate=0.5)
     params = numbers(attention, ATTENTION)

@@ -96,6 +96,7 @@ def test_the_step_compiles_once_and_takes_its_state_over():
     assert before.is_deleted()
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_the_seeds_one_by_one():
     config = replace(CONFIG, seeds=3, steps=4, seed=5)
     together = training.fit(*parts(config), batches, config)

@@ -117,6 +117,7 @@ def by_formula(name, p, x, memory, allowed):
     return np.einsum("bnth,nhd->btd", heads, p.attention.w_o)
 
 
+@pytest.mark.parametrize("name", tiered(NAMES, "differential", "sinks", "talking_heads"), indirect=True)
 def test_the_output_is_the_formula_and_a_query_that_sees_nothing_gives_zeros(name, params, run, streams):
     (_, out), gradients = run(params, *streams, masks.dense(ALLOWED), WEIGHTS)
     np.testing.assert_allclose(out, by_formula(name, params, *streams, ALLOWED), atol=2e-5)

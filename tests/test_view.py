@@ -380,16 +380,16 @@ def test_a_finger_keeps_a_word_chosen(quiet, file):
     assert look(quiet)["pinned"] == [] and set(look(quiet)["query_numbers"]) == {""}
 
 
-@pytest.mark.parametrize("shape", tiered([(2, 8), (6, 16), (12, 12)], (6, 16)))
-def test_it_fits_a_phone_and_a_desk(quiet, tmp_path, shape):
+@pytest.mark.parametrize(("layers", "heads"), tiered([(2, 8), (6, 16), (12, 12)], (6, 16)))
+def test_it_fits_a_phone_and_a_desk(quiet, tmp_path, layers, heads):
     words = [f"word{i}" for i in range(13)] + ["Donaudampfschifffahrtsgesellschaft"]
     path = tmp_path / "wide.html"
-    path.write_text(PAGE + view.heads(view.Attention(words, words, weights(3, *shape, 14, 14))).html(), "utf-8")
+    path.write_text(PAGE + view.heads(view.Attention(words, words, weights(3, layers, heads, 14, 14))).html(), "utf-8")
     for width, height in ((360, 740), (1200, 900)):
         browsers.show(quiet, path, width, height)
         assert browsers.too_wide(quiet) <= 0
         boxes = quiet.execute_script(PLACES)
-        assert len(boxes) == shape[0] * shape[1]
+        assert len(boxes) == layers * heads
         assert min(right - left for left, right in boxes) >= 20
         assert max(right for _, right in boxes) <= width
 
