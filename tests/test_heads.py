@@ -177,6 +177,7 @@ def test_findings_have_intervals_and_baselines(found, model):
     assert set(found.alignment) == set(measure.READINGS)
 
 
+@pytest.mark.slow
 def test_a_head_has_the_role_that_it_does_most(found, model):
     sure = lambda value: np.full((SEEDS, 1, 2), value)  # noqa: E731
     previous = Measure(value=sure(0.9), low=sure(0.8), high=sure(0.95), baseline=sure(0.1))

@@ -333,6 +333,7 @@ def test_a_loss_that_is_one_number_is_refused(name):
         getattr(importance, name)(jnp.sum, jnp.ones(3))
 
 
+@pytest.mark.slow
 def test_what_a_stack_does_not_take(model):
     stack, config = model.params.encoder, model.config.encoder
     with pytest.raises(ValueError, match=r"ablation.of_stack: x must be \[B, T, D=12\], got \(5, 12\)"):
