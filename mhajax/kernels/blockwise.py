@@ -94,32 +94,36 @@ _Fixed = tuple[Static, int, grid.Known]  # how, heads at once for values only, w
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(fixed: _Fixed, operands: Operands, arrays: grid.Arrays) -> tuple[Array, LogSumExp]:
     static, at_once, known = fixed
+    if not static.guarded:
+        return _forward(*_cut(static, at_once, operands, known.joined(arrays)))
 
-    if not at_once:
-        return _in_tiles(static, operands, known.joined(arrays))
+    def spoilt(operands: Operands, arrays: grid.Arrays) -> Array:
+        nobody = lambda: jnp.zeros_like(operands.q[..., 0], bool)  # noqa: E731
+        look = partial(walk.spoilt, static, operands, known.joined(arrays))
+        return jax.lax.cond(finite.moderate(*operands[:3]), nobody, look)
 
     def whole_rows(operands: Operands, arrays: grid.Arrays) -> tuple[Array, LogSumExp]:
         context = known.joined(arrays)
-        whole = grid.in_one_tile(static, operands, context, at_once)
-        sound = partial(_forward, whole[0]._replace(guarded=False), operands, whole[1])
-        if not static.guarded:
-            return sound()
-        marked = lambda: _marked(*whole, operands, walk.spoilt(static, operands, context))  # noqa: E731
+        whole = _cut(static, at_once, operands, context)
+        sound = partial(_forward, whole[0]._replace(guarded=False), *whole[1:])
+        marked = lambda: _marked(*whole, walk.spoilt(static, operands, context))  # noqa: E731
         return jax.lax.cond(finite.moderate(*operands[:3]), sound, marked)
 
-    # Under a plain `vmap` both ways would be computed for every example.
-    return (jax.custom_batching.sequential_vmap(whole_rows) if static.guarded else whole_rows)(operands, arrays)
+    # Under a plain `vmap` both branches would be computed for every example.
+    one_by_one = jax.custom_batching.sequential_vmap
+    if at_once:
+        return one_by_one(whole_rows)(operands, arrays)
+    return _marked(static, operands, known.joined(arrays), one_by_one(spoilt)(operands, arrays))
 
 
-def _in_tiles(static: Static, operands: Operands, context: Context) -> tuple[Array, LogSumExp]:
-    if not static.guarded:
-        return _forward(static, operands, context)
-    nobody = lambda: jnp.zeros_like(operands.q[..., 0], bool)  # noqa: E731
-    look = partial(walk.spoilt, static, operands, context)
-    return _marked(static, context, operands, jax.lax.cond(finite.moderate(*operands[:3]), nobody, look))
+def _cut(static: Static, at_once: int, operands: Operands, context: Context) -> tuple[Static, Operands, Context]:
+    """How the work is cut: so many heads' whole rows at once, or as the tiling says."""
+    if at_once:
+        static, context = grid.in_one_tile(static, operands, context, at_once)
+    return static, operands, context
 
 
-def _marked(static: Static, context: Context, operands: Operands, spoilt: Array) -> tuple[Array, LogSumExp]:
+def _marked(static: Static, operands: Operands, context: Context, spoilt: Array) -> tuple[Array, LogSumExp]:
     """`_forward`, with NaN for these queries, bool [B·N, T]."""
     out, (top, log_total) = _forward(static, operands, context)
     return jnp.where(spoilt[..., None], jnp.nan, out), LogSumExp(top, jnp.where(spoilt, jnp.nan, log_total))

@@ -53,9 +53,7 @@ class Choice(NamedTuple):
 
     kernel: str
     tiling: Tiling | None
-    values_at_once: (
-        int  # heads whose whole rows are computed together where no gradient is taken; 0: as the tiling says
-    )
+    values_at_once: int  # heads at a time, in whole rows, where no gradient is taken; 0: as the tiling says
     why: str
     others: dict[str, str]
     visited: float | None  # share of the tiles that the mask does not rule out, as far as it is known
@@ -200,10 +198,10 @@ def _preferred(request: Request, refused: dict[str, str]) -> tuple[str, str]:
 
 def _tiling(request: Request) -> Tiling:
     length, num_keys = request.q.shape[-2], request.k.shape[-2]
-    if request.platform == "cpu":  # 2 MiB of logits at a time stay in the cache
+    if request.platform == "cpu":  # 2 MiB of logits at a time stay in the cache; 16 heads are enough, or 256 KiB
         most = 512 if request.mask is None else 256
         rows, columns = _even(length, most), _even(num_keys, most)
-        room = max(1, min(16, 2**19 // (rows * columns)))
+        room = max(1, min(2**19 // (rows * columns), max(16, 2**16 // (rows * columns))))
     else:  # fill the machine: all heads at once, as far as their logits stay below 256 MiB
         rows, columns = _even(length, 512), _even(num_keys, 512)
         room = max(1, 2**26 // (rows * columns))
