@@ -61,18 +61,21 @@ def healed(rows: Array, limit: float = math.inf) -> tuple[Array, Array]:
 
 def limit(array: Array) -> float:
     """What numbers of queries and keys are below, so that no sum of up to 2^17 of their products overflows."""
-    wide, narrow = jnp.finfo(jnp.promote_types(array.dtype, jnp.float32)), jnp.finfo(array.dtype)
-    most = 2.0 ** (wide.maxexp // 2 - 9)
-    return most if most < float(narrow.max) else math.inf
+    most = _most(array.dtype)
+    return most if most < float(jnp.finfo(array.dtype).max) else math.inf
+
+
+def _most(dtype: Any) -> float:
+    """The limit in the dtype of the products: 2^55 in float32."""
+    return 2.0 ** (jnp.finfo(jnp.promote_types(dtype, jnp.float32)).maxexp // 2 - 9)
 
 
 def moderate(q: Array, k: Array, v: Array) -> Array:
     """Whether nothing is bad, bool []: one look at each array, which may say no too often, never yes."""
-    most = float(limit(q.astype(jnp.promote_types(q.dtype, jnp.float32)))) ** 2
 
     def good(array: Array) -> Array:
         wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-        return jnp.all(jnp.sum(wide * wide, axis=-1) < most)
+        return jnp.all(jnp.sum(wide * wide, axis=-1) < _most(array.dtype) ** 2)
 
     return good(q) & good(k) & good(v)
 
