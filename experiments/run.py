@@ -321,7 +321,8 @@ def _latest(config: training.Config, task: Task, folder: Path) -> tuple[training
                 f"{folder}: there is a {RESULT}, but what was trained is gone from {folder / CHECKPOINTS}. Bring it "
                 f"back from a copy, or delete {RESULT} to train again."
             )
-        return _new_state(config, task), checkpoints
+        with work.piece("drawing the first parameters", 1, "step"):
+            return _new_state(config, task), checkpoints
     return finished.asked(checkpoints.restore, jax.eval_shape(lambda: _new_state(config, task))), checkpoints
 
 

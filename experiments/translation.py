@@ -115,6 +115,11 @@ def chrf(outputs: Sequence[str], references: Sequence[str]) -> tuple[float, str]
     return score, str(metric.get_signature())
 
 
+def _rows(batch: int, sentences: int) -> int:
+    """The rows of a batch: all, where more than half are taken; a shape of its own is compiled only for a few."""
+    return batch if 2 * sentences > batch else sentences
+
+
 def _check_pairs(who: str, outputs: Sequence[str], references: Sequence[str]) -> None:
     if isinstance(outputs, str) or isinstance(references, str):
         raise ValueError(f"translation.{who}: outputs and references must be lists of sentences, got one text.")
@@ -138,7 +143,7 @@ class Translator:
         beams = settings.beams if beams is None else beams
         ids = self._words.encode_all(sentences)
         outputs = [""] * len(sentences)
-        rows = min(settings.batch, len(sentences))
+        rows = _rows(settings.batch, len(sentences))
         boundaries = self._config.batches.boundaries
         with work.piece("translating", len(sentences), "sentences") as piece:
             for batch in batches.evaluation_batches(ids, batch_size=rows, boundaries=boundaries):
@@ -214,7 +219,7 @@ def _validation_loss(config: Translation, model: linen.Translator) -> Callable[[
         return _token_sums(features, params["embedding"], batch, 0.0)
 
     def mean(params: Any, pairs: Sequence) -> tuple[float, float]:
-        rows = min(config.decoding.batch, len(pairs))
+        rows = _rows(config.decoding.batch, len(pairs))
         parts, boundaries = [], config.batches.boundaries
         with work.piece("validation loss", len(pairs), "sentences") as piece:
             for batch in batches.evaluation_pairs(pairs, batch_size=rows, boundaries=boundaries):

@@ -126,19 +126,19 @@ def init_params(key: Array, config: Config) -> Params:
     (4, 16, 4)
     """
     arguments.init("attention.init_params", key, config, Config)
-    key_q, key_k, key_v, key_o = jax.random.split(key, 4)
-
-    def heads(key: Array, count: int, rows: int, columns: int, fan_in: int) -> Array:
-        one = lambda key: jax.random.normal(key, (rows, columns)) * fan_in**-0.5  # noqa: E731
-        return jax.vmap(one)(jax.random.split(key, count))
-
     d, n, k, h, hv = config.d_model, config.num_heads, config.kv_heads, config.width, config.value_width
+    counts = (n, k, k, n)
+    keys = jax.vmap(lambda key: jax.random.split(key, max(counts)))(jax.random.split(key, 4))
+    # All heads are drawn at once: every draw is a large program to the compiler, whatever its size.
+    keys = jnp.concatenate([of_heads[:count] for of_heads, count in zip(keys, counts, strict=True)])
+    draws = jax.vmap(lambda key: jax.random.normal(key, (d * max(h, hv),)))(keys)
+    w_q, w_k, w_v, w_o = jnp.split(draws, [n, n + k, n + 2 * k])
     biases = [jnp.zeros(s) for s in ((n, h), (k, h), (k, hv), (d,))] if config.use_bias else [None] * 4
     return Params(
-        heads(key_q, n, d, h, fan_in=d),
-        heads(key_k, k, d, h, fan_in=d),
-        heads(key_v, k, d, hv, fan_in=d),
-        heads(key_o, n, hv, d, fan_in=n * hv),
+        w_q[:, : d * h].reshape(n, d, h) * d**-0.5,
+        w_k[:, : d * h].reshape(k, d, h) * d**-0.5,
+        w_v[:, : d * hv].reshape(k, d, hv) * d**-0.5,
+        w_o[:, : d * hv].reshape(n, hv, d) * (n * hv) ** -0.5,
         *biases,
     )
 

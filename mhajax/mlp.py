@@ -53,14 +53,15 @@ class Params(NamedTuple):
 def init_params(key: Array, config: Config) -> Params:
     """Normal weights of variance 1/fan_in, zero biases."""
     arguments.init("mlp.init_params", key, config, Config)
-    key_in, key_out, key_gate = jax.random.split(key, 3)
     d, f = config.d_model, config.hidden
+    keys = jax.random.split(key, 3)[: 3 if config.activation == "swiglu" else 2]
+    w_in, w_out, *w_gate = jax.vmap(lambda key: jax.random.normal(key, (d * f,)))(keys)  # one program for all
     return Params(
-        jax.random.normal(key_in, (d, f)) * d**-0.5,
+        w_in.reshape(d, f) * d**-0.5,
         jnp.zeros(f),
-        jax.random.normal(key_out, (f, d)) * f**-0.5,
+        w_out.reshape(f, d) * f**-0.5,
         jnp.zeros(d),
-        jax.random.normal(key_gate, (d, f)) * d**-0.5 if config.activation == "swiglu" else None,
+        w_gate[0].reshape(d, f) * d**-0.5 if w_gate else None,
     )
 
 

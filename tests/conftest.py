@@ -19,6 +19,14 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Examples in docstrings are in the slow tier; those of README run every time."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def quick_compiles():
     """Compile with few optimisations, for tests of whole models, whose time is all spent in the compiler."""

@@ -91,6 +91,7 @@ def agree(rows):
     return timed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal, backward", tiered([(True, False), (True, True)], (True, True)))
 def test_every_peer_computes_attention(quick_compiles, causal, backward):
     shape = dataclasses.replace(CORE, causal=causal, backward=backward)

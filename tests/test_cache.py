@@ -453,6 +453,7 @@ def test_a_rolling_language_model(lm):
     assert state[1].k.shape == (B, 3, 3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "rows", "rolling"), tiered([(1, False, False), (3, True, True)], (1, False, False)))
 def test_a_token_is_written_in_place(full_compiles, batch, rows, rolling):
     """Donated, or carried by a loop: no copy of the cache, in no layer."""

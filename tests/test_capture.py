@@ -124,7 +124,8 @@ def test_entropy_is_that_of_the_weights(frozen):
     close(seen["entropy"], -np.sum(weights * np.log(np.where(weights > 0, weights, 1)), -1), atol=1e-4)
 
 
-@pytest.mark.parametrize("names", [("entropy", "column_sums"), pytest.param(("weights",), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("entropy", "column_sums"), ("weights",)])
 def test_memory_of_sums_grows_with_length(names):
     """Besides the plain forward: sums take room for some rows, the weights of a few rows no more."""
     config = attention.Config(d_model=16, num_heads=2)

@@ -191,7 +191,7 @@ def assert_close(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.max(np.abs(expected)))
 
 
-@pytest.mark.parametrize("name", tiered(LAYERS, "linen", "nnx", "haiku", "equinox", "torch"))
+@pytest.mark.parametrize("name", tiered(LAYERS, "linen", "nnx", "haiku", "torch"))
 def test_a_real_layer_and_ours_agree_and_back_comes_what_went_in(name):
     with enable_x64():
         layer = LAYERS[name]()

@@ -287,6 +287,7 @@ def advance(config, params, tokens, state):
     return logits[:, 0], state
 
 
+@pytest.mark.slow
 def test_a_translator_with_cache_writes_what_it_would_without(model):
     config, params, source, lengths = model
     first, length, end = jnp.array([1, 1]), 6, 2

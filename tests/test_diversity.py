@@ -224,6 +224,7 @@ def test_the_baseline_of_composition_is_what_random_heads_have():
         np.testing.assert_allclose(np.mean(np.square(tally.total)), 1 / 23, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_the_induction_circuit_composes_by_its_keys():
     below = circuits.layer(circuits.previous_token(), circuits.dead())
     found = weights_of.composition(below, circuits.layer(circuits.induction(), circuits.dead()))

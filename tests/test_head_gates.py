@@ -179,6 +179,7 @@ def test_causal_gates_give_planted_heads_their_roles(task):
     np.testing.assert_allclose(facilitating + irrelevant + interfering >= 1, True)
 
 
+@pytest.mark.slow
 def test_the_subset_has_the_heads_that_matter(task):
     """All three that matter if three may stay, whatever the first scores say; two of them if two may."""
     loss, batches = task

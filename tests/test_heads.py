@@ -72,6 +72,7 @@ def planted(model, links):
     return model._replace(capture=lambda params, batch, names: params), seen
 
 
+@pytest.mark.slow
 def test_heads_that_follow_gold_are_found(model):
     right = model.right(model.batches[0])
     chosen = {"encoder": SUBJECT.key, "decoder": "decoder: verb read → its subject", "cross": gold.ALIGNED.key}

@@ -180,6 +180,7 @@ DROPS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module, inputs", tiered(DROPS.values(), DROPS["attention of a language_model"]), ids=DROPS)
 def test_dropout_takes_its_rng(module, inputs):
     params = numbers(module.functions, module.config)
@@ -256,6 +257,7 @@ class Classifier(nn.Module):
 TRAINED = [(Sandwich(), X), pytest.param(Classifier(), TARGET, marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, x", TRAINED, ids=["layer", "model"])
 def test_trains_inside_a_users_model_without_recompiling(model, x):
     variables = model.init(jax.random.key(0), x)

@@ -93,6 +93,7 @@ def test_shapes_and_dtypes():
     assert all(leaf.shape[0] == L for leaf in jax.tree.leaves(params.stack.layers))
 
 
+@pytest.mark.slow
 def test_a_language_model_is_causal_by_gradient(lm):
     config = dataclasses.replace(LM, positions="sinusoidal")
 
@@ -129,6 +130,7 @@ def test_positions_matter_and_rotary_ones_only_by_difference(lm, positions):
         assert np.max(np.abs(still - moved)) > 1e-2
 
 
+@pytest.mark.slow
 def test_packed_texts_do_not_see_each_other(lm):
     mask = masks.segments(np.array([0, 0, 0, 1, 1]))
     places = np.array([0, 1, 2, 0, 1])

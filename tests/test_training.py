@@ -312,6 +312,7 @@ def test_resumed_inside_a_group_of_accumulated_batches_ends_with_the_same_bits(t
     chex.assert_trees_all_equal(training.fit(state, step, batches, config), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped_after", tiered([1, 5, 6, 11], 5))
 def test_resumed_from_a_checkpoint_ends_with_the_same_bits(tmp_path, step, stopped_after):
     whole_lines, lines = [], []

@@ -72,6 +72,7 @@ def test_they_are_those_of_the_dense_path_whatever_is_in_it(name):
                 np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_numbers_of_queries_and_keys_whose_products_overflow_count_as_not_finite():
     """On every path, under a mask; of values every finite number is one."""
     for path in (PATH, PATH._replace(values_at_once=0), parity.Path("dense")):
@@ -85,6 +86,7 @@ def test_numbers_of_queries_and_keys_whose_products_overflow_count_as_not_finite
         assert not np.any(np.isnan(run(q, k, v)[0]))
 
 
+@pytest.mark.slow
 def test_under_vmap_they_are_the_calls_and_what_is_hardly_taken_stays_a_branch():
     mask = lambda length: masks.causal() & masks.lengths(length)  # noqa: E731
     one = lambda q, k, v, length: parity.attend(PATH, q, k, v, mask=mask(length))[0]  # noqa: E731
