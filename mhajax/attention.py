@@ -331,7 +331,7 @@ def apply_to(
     checks.gates(gates, x, config)
     checks.intervention(intervention, x, answers.k.shape[-2], config)
     checks.dropped(dropout_rate, dropout_key)
-    checks.captures(asked, CAPTURES, config.num_heads, x.shape[-2])
+    asked.check("attention.apply_captured", CAPTURES, config.num_heads, x.shape[-2])
     queries = tokens(x.shape[-2], positions)._replace(start=start)
     params = jax.tree.map(lambda w: jnp.asarray(w, x.dtype), params)
     masked = _masked(mask, bias, intervention)

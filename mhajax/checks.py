@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import arguments, dropout
-from mhajax.interventions import Capture, Intervention
+from mhajax.interventions import Intervention
 from mhajax.masks import Mask
 
 
@@ -190,16 +190,3 @@ def dropped(rate: float, key: Array | None) -> None:
             f"attention.apply: dropout_rate={rate} needs dropout_key, a PRNG key; "
             "for evaluation leave dropout_rate out."
         )
-
-
-def captures(asked: Capture, known: Sequence[str], num_heads: int, length: int) -> None:
-    """Names of things that can be captured, and heads and rows that exist."""
-    unknown = [name for name in asked.names if name not in known]
-    if unknown:
-        raise ValueError(f"attention.apply_captured: capture must name any of {', '.join(known)}; got {unknown}.")
-    for name, indices, size in (("heads", asked.heads, num_heads), ("rows", asked.rows, length)):
-        if indices is not None and max(indices) >= size:
-            raise ValueError(
-                f"attention.apply_captured: capture.{name} must be below {size}, the number of "
-                f"{'heads' if name == 'heads' else 'queries'}, got {indices}."
-            )

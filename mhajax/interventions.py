@@ -238,6 +238,18 @@ class Capture:
                 )
             object.__setattr__(self, name, given)
 
+    def check(self, who: str, known: Sequence[str], num_heads: int, length: int) -> None:
+        """Raise a ValueError for names of what cannot be captured, and for heads and rows that do not exist."""
+        unknown = [name for name in self.names if name not in known]
+        if unknown:
+            raise ValueError(f"{who}: capture must name any of {', '.join(known)}; got {unknown}.")
+        for name, indices, size in (("heads", self.heads, num_heads), ("rows", self.rows, length)):
+            if indices is not None and max(indices) >= size:
+                raise ValueError(
+                    f"{who}: capture.{name} must be below {size}, the number of "
+                    f"{'heads' if name == 'heads' else 'queries'}, got {indices}."
+                )
+
 
 def as_capture(given: Sequence[str] | Capture) -> Capture:
     """A Capture as it is, names as a Capture of all layers, heads and rows."""

@@ -11,7 +11,7 @@ from reference import random_params
 from test_interventions import ALLOWED, BIAS, CONFIG, LENGTHS, MASK, PARAMS, VALUES, B, D, K, N, T, X, by_hand
 from tiers import tiered
 
-from mhajax import attention, block, interventions, language_model, masks, translator
+from mhajax import attention, block, interventions, kernels, language_model, masks, translator
 from mhajax.interventions import Capture, Intervention
 from mhajax.kernels import row_layout
 
@@ -245,3 +245,17 @@ def test_a_capture_is_hashable_and_the_same_if_it_says_the_same():
     assert hash(Capture(("weights",), rows=[3])) == hash(Capture(["weights"], rows=(np.int64(3),)))  # pyright: ignore
     assert Capture(("weights",)) == interventions.as_capture(["weights"])
     assert ALLOWED.shape == (B, N, T, T) and block.Captures().cross == ()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (Capture(("weights",), heads=(0, 3)), r"kernels.attend: capture.heads must be below 3, .* got \(0, 3\)"),
+        (Capture(("entropy",), rows=(7,)), r"kernels.attend: capture.rows must be below 7, .* got \(7,\)"),
+        (("keys",), r"kernels.attend: capture must name any of logits, weights"),
+    ],
+)
+def test_what_does_not_exist_is_refused_by_the_kernels_themselves(asked, said):
+    q = jnp.ones((3, 7, 4))
+    with pytest.raises(ValueError, match=said):
+        kernels.attend(q, q, q, queries=masks.tokens(7), keys=masks.tokens(7), capture=asked)

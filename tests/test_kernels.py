@@ -16,6 +16,7 @@ from tiers import tiered
 
 from mhajax import attention, dropout, kernels, masks, scores
 from mhajax.kernels import Tiling, choice, grid
+from mhajax.kernels.rules import Rules
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "parity.md"
@@ -193,7 +194,7 @@ def request(platform="cpu", b=1, n=8, t=4096, s=4096, h=64, dtype=jnp.float32, *
     heads = [jax.ShapeDtypeStruct((b, n, length, h), dtype) for length in (t, s, s)]
     given = {
         "mask": None, "queries": masks.tokens(t), "keys": masks.tokens(s), "bias": False, "score": False,
-        "dropout": False, "log_sum_exp": False, "cached": False, "fuses": True,
+        "dropout": False, "log_sum_exp": False, "cached": False, "rules": Rules(keys_at_once=512),
     }  # fmt: skip
     return choice.Request(platform, *heads, **given | options)
 
@@ -240,7 +241,7 @@ def test_whole_rows_of_all_heads_are_computed_at_once_where_the_compiler_writes_
     assert choice.choose(request(**short, mask=masks.causal())).values_at_once == 32
     unlike = [
         {"s": 513},
-        {"fuses": False},
+        {"rules": Rules(keys_at_once=0)},
         {"platform": "gpu"},
         {"spread": True},
         {"bias": True},

@@ -22,6 +22,7 @@ Time attention, against the other libraries that are installed, side by side in 
   heads       all removals of one head, at once and in a loop; half of the heads; capture of a head's weights
   step        a training step of a small language model; peak memory of each process
   start       time to import, and to compile
+  tune        what "auto" should decide by on this machine (2 to 5 minutes); has options of its own
 
 Every result is compared with ours before it is timed. Implementations take turns; "× ours" is the median of the ratios
 within a round, above 1 is slower than ours.
@@ -32,6 +33,10 @@ CASES = ("attention", "odd", "layer", "decode", "heads", "step", "start")
 
 def command(arguments: list[str]) -> int:
     """`python -m experiments bench`; the exit status."""
+    if arguments[:1] == ["tune"]:
+        from experiments.bench import tune
+
+        return tune.command(arguments[1:])
     options = _parser().parse_args(arguments)
     benchmark = importlib.import_module(f"experiments.bench.{options.case}")
     names = _names(options.only, list(benchmark.BUILDERS))

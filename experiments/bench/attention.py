@@ -3,7 +3,8 @@
 
 Everybody gets the arrays in the layout that it wants, [B, T, N, H] or [B, N, T, H], and gives its gradients in the
 same. The backward pass is the gradient with respect to q, k and v for a fixed random cotangent. Equinox has the
-function, but does not export it; Haiku computes attention only inside of its layer.
+function, but does not export it; Haiku computes attention only inside of its layer. "plain" is softmax between two
+einsums. Ours alone keeps NaN behind a mask, and gives zeros for a query whose keys are all masked.
 """
 
 from __future__ import annotations
@@ -85,6 +86,19 @@ def _ours(case: Case) -> Callable:
     return lambda q, k, v: kernels.attend(q, k, v, mask=mask, queries=queries, keys=keys)[0]
 
 
+def choice(case: Case) -> str:
+    """What `kernels.explain` says of ours."""
+    import jax
+    import jax.numpy as jnp
+
+    from mhajax import kernels, masks
+
+    q, k = (
+        jax.ShapeDtypeStruct((case.batch, case.heads, t, case.width), jnp.float32) for t in (case.length, case.keys)
+    )
+    return str(kernels.explain(q, k, k, mask=masks.causal() if case.causal else None))
+
+
 def jax_nn(case: Case) -> Callable:
     import jax
 
@@ -126,17 +140,24 @@ def tokamax(implementation: Any, case: Case) -> Callable:
     return partial(library.dot_product_attention, is_causal=case.causal, implementation=implementation)
 
 
-def _vmap(case: Case) -> Callable:
+def _plain(case: Case) -> Callable:
+    """What one writes down without a library, in the layout that suits it."""
     import jax
     import jax.numpy as jnp
 
-    def one(q, k, v):
-        logits = q @ k.T * case.width**-0.5
+    def attend(q, k, v):
+        logits = jnp.einsum("bnth,bnsh->bnts", q, k) * case.width**-0.5
         if case.causal:
             logits = jnp.where(visible(case), logits, -jnp.inf)
-        return jax.nn.softmax(logits) @ v
+        return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(logits), v)
 
-    return jax.vmap(jax.vmap(one))
+    return attend
+
+
+def _attnax(case: Case) -> Callable:
+    import attnax  # type: ignore
+
+    return lambda q, k, v: attnax.standard_attention(q, k, v, mask=visible(case))
 
 
 def _torch(case: Case) -> Ready:
@@ -168,6 +189,7 @@ BUILDERS: dict[str, Build] = {
     "haiku": _haiku,
     "tokamax-xla": partial(_of_jax, "BTNH", partial(tokamax, "xla")),
     "tokamax-chunked": partial(_of_jax, "BTNH", partial(tokamax, "xla_chunked")),
-    "vmap": partial(_of_jax, "BNTH", _vmap),
+    "attnax": partial(_of_jax, "BNTH", _attnax),
+    "plain": partial(_of_jax, "BNTH", _plain),
     "torch": _torch,
 }

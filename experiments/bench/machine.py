@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("jax", "flax", "equinox", "dm-haiku", "tokamax", "torch")
+PACKAGES = ("jax", "jaxlib", "flax", "equinox", "dm-haiku", "attnax", "tokamax", "torch")
 
 
 def threads() -> int:
@@ -32,8 +32,8 @@ def describe(kept: bool) -> str:
             versions.append(f"no {package}")
     memory = "on (freed memory is kept)" if kept else "off (as for any user of the library; --keep-memory turns it on)"
     return (
-        f"{_processor()}, {threads()} threads, {_gib()}{platform.system()}; Python {platform.python_version()}, "
-        f"{', '.join(versions)}; host.keep_memory: {memory}"
+        f"{processor()}, {threads()} threads, {_gib()}{platform.system()}; Python {platform.python_version()}, "
+        f"{', '.join(versions)}; {_settings()}; host.keep_memory: {memory}"
     )
 
 
@@ -56,12 +56,22 @@ def matmul(size: int = 2048) -> tuple[Callable[[], Any], float]:
     return lambda: product(a, b).block_until_ready(), 2.0 * size**3
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, and the widest vectors that it has."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        flags = next(line.partition(":")[2].split() for line in lines if line.startswith("flags"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+    widest = next((said for flag, said in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "no AVX2")
+    return f"{name} ({widest})"
+
+
+def _settings() -> str:
+    """What the environment says to XLA and JAX, which changes what is measured."""
+    said = {name: value for name, value in os.environ.items() if name == "XLA_FLAGS" or name.startswith("JAX_")}
+    return ", ".join(f"{name}={value}" for name, value in sorted(said.items())) or "no XLA_FLAGS, no JAX_ variables"
 
 
 def _gib() -> str:

@@ -1,9 +1,9 @@
 """softmax(q kᵀ) v for given queries, keys and values: one contract, one function per path.
 
 `attend` is the contract. `dense` is the definition and holds every logit; `blockwise` gives the same numbers in memory
-that grows with T; `cudnn` and `splash` call what a platform has. `choice` is the one place where a path is picked, and
-`explain` prints what it picks and why. `rows` is for who looks at weights or changes them. `ring` is for a sequence
-that is cut over devices, and is called by its name.
+that grows with T; `cudnn` and `splash` call what a platform has. `choice` is the one place where a path is picked, by
+the numbers of `rules`, which `bench tune` measures on a machine; `explain` prints what it picks and why. `rows` is for
+who looks at weights or changes them. `ring` is for a sequence that is cut over devices, and is called by its name.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from jax import Array
 
 from mhajax.interventions import Capture, Patch, as_capture
-from mhajax.kernels import blockwise, cudnn, dense, devices, rows, splash
+from mhajax.kernels import blockwise, cudnn, dense, devices, rows, rules, splash
 from mhajax.kernels.choice import NAMES, Choice, Request, choose, spread
 from mhajax.kernels.grid import Tiling
 from mhajax.kernels.pairs import hoist
 from mhajax.masks import Mask, Tokens
 
-__all__ = ["CAPTURES", "NAMES", "Choice", "Tiling", "attend", "explain"]
+__all__ = ["CAPTURES", "NAMES", "Choice", "Tiling", "attend", "explain", "rules"]
 
 CAPTURES = ("logits", "weights", "log_sum_exp", "entropy", "column_sums")
 
@@ -86,7 +86,8 @@ def attend(
       The heads' outputs [..., N, T, Hv] in the dtype of v, and the captured arrays.
 
     Raises:
-      ValueError: if the kernel cannot do what is asked; it names one that can. If a score function does not give one
+      ValueError: if the kernel cannot do what is asked; it names one that can. If what is to be captured does not
+        exist. If a score function does not give one
         number, holds something (slopes, a table) for another number of heads than N or, inside `shard_map`, closes over
         a traced array that is the same on all devices where q is not. If scale has another shape.
     """
@@ -103,10 +104,11 @@ def attend(
     q, k, v, mask, queries, keys, bias, dropout_key, logits, weights, real = everything
     request = Request(
         jax.default_backend(), q, k, v, mask, queries, keys, bias is not None, score is not None, bool(dropout_rate),
-        log_sum_exp=False, cached=cached, spread=spread(),
+        log_sum_exp=False, cached=cached, spread=spread(), rules=rules.current(),
     )  # fmt: skip
     choice = choose(request, kernel)
     asked = as_capture(capture)
+    asked.check("kernels.attend", CAPTURES, *q.shape[-3:-1])
     patched = logits is not None or weights is not None
     if patched and kernel not in ("auto", "dense"):
         raise ValueError(
@@ -190,6 +192,6 @@ def explain(
         tokens(q.shape[-2]) if queries is None else queries,
         tokens(k.shape[-2]) if keys is None else keys,
         bias is not None, score is not None, bool(dropout_rate),
-        log_sum_exp=False, cached=cached, spread=spread(),
+        log_sum_exp=False, cached=cached, spread=spread(), rules=rules.current(),
     )  # fmt: skip
     return choose(request, kernel)

@@ -12,10 +12,10 @@ import numpy as np
 from mhajax import masks
 from mhajax.kernels import cudnn
 from mhajax.kernels.grid import Tiling, fitting
+from mhajax.kernels.rules import BUILT_IN, Rules
 from mhajax.masks import Mask, Tokens
 
-FEW_LOGITS, FEW_TOKENS = 2**14, 8  # of all heads, of a sequence: the dense path is for these
-MOST_KEYS_AT_ONCE = 512
+FEW_TOKENS = 8  # of a sequence: the dense path is for these
 NAMES = ("dense", "blockwise", "cudnn", "splash")
 
 
@@ -35,7 +35,7 @@ class Request(NamedTuple):
     log_sum_exp: bool  # whether the path itself must give the logarithm of the sums
     cached: bool  # keys and values come from a cache
     spread: bool = False  # the compiler may have to partition the work between devices
-    fuses: bool = jax.__version_info__ >= (0, 10)  # the compiler can take products and softmax as one loop on a CPU
+    rules: Rules = BUILT_IN
 
     @property
     def items(self) -> int:
@@ -187,7 +187,7 @@ def _preferred(request: Request, refused: dict[str, str]) -> tuple[str, str]:
     length, num_keys = request.q.shape[-2], request.k.shape[-2]
     if refused["blockwise"]:
         return "dense", refused["blockwise"]
-    if request.items * length * num_keys <= FEW_LOGITS or min(length, num_keys) < FEW_TOKENS:
+    if request.items * length * num_keys <= request.rules.few_logits or min(length, num_keys) < FEW_TOKENS:
         return "dense", "there are few logits"
     if not refused["cudnn"]:
         return "cudnn", "memory grows with T, in one kernel"
@@ -198,10 +198,11 @@ def _preferred(request: Request, refused: dict[str, str]) -> tuple[str, str]:
 
 def _tiling(request: Request) -> Tiling:
     length, num_keys = request.q.shape[-2], request.k.shape[-2]
-    if request.platform == "cpu":  # 2 MiB of logits at a time stay in the cache; 16 heads are enough, or 256 KiB
-        most = 512 if request.mask is None else 256
+    if request.platform == "cpu":  # logits stay in the cache; 16 heads are enough, or an eighth of the logits
+        most, logits = request.rules.masked_tile_tokens, request.rules.tile_logits
+        most = request.rules.tile_tokens if request.mask is None else most
         rows, columns = _even(length, most), _even(num_keys, most)
-        room = max(1, min(2**19 // (rows * columns), max(16, 2**16 // (rows * columns))))
+        room = max(1, min(logits // (rows * columns), max(16, logits // 8 // (rows * columns))))
     else:  # fill the machine: all heads at once, as far as their logits stay below 256 MiB
         rows, columns = _even(length, 512), _even(num_keys, 512)
         room = max(1, 2**26 // (rows * columns))
@@ -211,8 +212,8 @@ def _tiling(request: Request) -> Tiling:
 def _values_at_once(request: Request) -> int:
     """All heads, if rows are short enough for the compiler to take both products and the softmax as one loop."""
     plain = not (request.bias or request.score or request.dropout or request.log_sum_exp)
-    fuses = request.platform == "cpu" and request.fuses and not request.spread
-    return request.items if plain and fuses and request.k.shape[-2] <= MOST_KEYS_AT_ONCE else 0
+    fuses = request.platform == "cpu" and not request.spread
+    return request.items if plain and fuses and request.k.shape[-2] <= request.rules.keys_at_once else 0
 
 
 def _even(size: int, most: int) -> int:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax.kernels import blockwise, dense, finite, guard
+from mhajax.kernels import blockwise, dense, finite, guard, rules
 from mhajax.kernels.choice import Request, choose
 from mhajax.kernels.log_sum_exp import LogSumExp, merge, share
 from mhajax.kernels.pairs import hoist
@@ -150,6 +150,7 @@ def _part(
     request = Request(
         jax.default_backend(), q, k, v, mask, queries, keys,
         bias=False, score=static.score is not None, dropout=False, log_sum_exp=True, cached=False,
+        rules=rules.current(),
     )  # fmt: skip
     given: dict[str, Any] = {
         "mask": mask, "score": static.score, "constants": constants, "queries": queries, "keys": keys,
