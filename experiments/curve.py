@@ -12,12 +12,13 @@ from experiments import folder as folders
 from experiments.folder import METRICS
 
 
-def draw(folder: Path, config: configs.Experiment, console: Console) -> None:
+def draw(folder: Path, config: configs.Experiment, unit: str, console: Console) -> None:
     """Write figures/training of a run; without any batch in its metrics, say so.
 
     Args:
       folder: of the run.
       config: of the run.
+      unit: what a token is, for a reader: "word", "character" or "token".
       console: where a person reads.
     """
     from mhajax import figures
@@ -36,5 +37,5 @@ def draw(folder: Path, config: configs.Experiment, console: Console) -> None:
         series["validation"] = (
             [line["step"] for line in evaluations], [float(np.mean(line["validation_loss"])) for line in evaluations]
         )  # fmt: skip
-    drawing = figures.training_curve(series, title=f"{config.kind.replace('_', ' ')}: loss", ylabel="nats per token")
+    drawing = figures.training_curve(series, title=f"{config.kind.replace('_', ' ')}: loss", ylabel=f"nats per {unit}")
     figures.save(drawing, folder / "figures" / "training")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import quick, work
+from experiments import host, quick, work
 from experiments.config import LanguageModelling, Sampling
 from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import Vocabulary
@@ -26,7 +26,7 @@ from experiments.folder import VOCABULARY
 from experiments.heads import examined
 from experiments.task import Task, seeds_of
 from experiments.translation import mean_and_spread
-from mhajax import decoding, language_model, linen, losses
+from mhajax import cache, decoding, language_model, linen, losses
 
 
 def prepare(config: LanguageModelling, folder: Path) -> Task:
@@ -38,6 +38,7 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
     if words.encode(config.sampling.prompt) == []:
         raise ConfigError(f"sampling.prompt {config.sampling.prompt!r} has no token in this vocabulary; give another.")
     model = build_model(config, words)
+    _check_room(model.config, config.sampling)
     train, validation = (np.asarray(words.encode(part), np.int32) for part in (corpus.train, corpus.validation))
     stream = batches.TextBatches(
         train, batch_size=config.batches.size, length=config.batches.length, seed=config.training.seed
@@ -74,6 +75,7 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
         report=report,
         epoch=None,
         hashes=corpus.hashes,
+        unit=words.unit,
         notes=(
             f"{len(train):,} {words.unit}s to train on, {len(validation):,} to validate on, {words.size:,} entries in "
             f"the vocabulary; {config.batches.size * config.batches.length:,} tokens a batch",
@@ -96,27 +98,33 @@ def write_sample(model: linen.LanguageModel, words: Vocabulary, params: Any, sam
     """The prompt and what the model goes on to write, token by token on its cache."""
     prompt = jnp.asarray([words.encode(sampling.prompt)], jnp.int32)
     config = model.config
+    _check_room(config, sampling)
     choose: decoding.Choose = decoding.greedy
     if sampling.temperature > 0:
         choose = decoding.sampler(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
 
     @jax.jit
     def write(params: Any) -> jax.Array:
-        params = linen.functional(model, params)
-        cache = language_model.init_cache((1,), prompt.shape[1] + sampling.tokens, config)
+        params = language_model.unstack(linen.functional(model, params))
+        state = language_model.init_cache((1,), prompt.shape[1] + sampling.tokens, config)
         if prompt.shape[1] > 1:
-            _, cache = language_model.extend(params, prompt[:, :-1], cache, config)
+            _, state = language_model.extend(params, prompt[:, :-1], state, config)
 
-        def step(tokens, cache):
-            logits, cache = language_model.extend(params, tokens[:, None], cache, config)
+        def step(tokens, state):
+            logits, state = language_model.extend(params, tokens[:, None], state, config)
             # Padding and the other tokens that no text contains are never written.
-            return logits[:, 0].at[:, : len(vocabulary.SPECIAL_TOKENS)].set(-jnp.inf), cache
+            return logits[:, 0].at[:, : len(vocabulary.SPECIAL_TOKENS)].set(-jnp.inf), state
 
         key = jax.random.key(seed)
-        return decoding.generate(step, cache, prompt[:, -1], choose, key, length=sampling.tokens)
+        return decoding.generate(step, state, prompt[:, -1], choose, key, length=sampling.tokens)
 
     with work.piece("writing", sampling.tokens, f"{words.unit}s"):
         return sampling.prompt + words.decode(np.asarray(write(params))[0])
+
+
+def _check_room(config: language_model.Config, sampling: Sampling) -> None:
+    layer = jax.eval_shape(lambda: cache.init((1,), sampling.tokens, config))
+    host.check_room("[sampling] keys and values of all tokens", layer, config.num_layers, "sampling.tokens")
 
 
 def _vocabulary(config: LanguageModelling, corpus: corpora.TextCorpus, folder: Path) -> Vocabulary:

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments import config as configs
-from experiments import curve, finished, language_modelling, quick, schema, toml, translation, work
+from experiments import curve, finished, host, language_modelling, quick, schema, toml, translation, work
 from experiments import folder as folders
 from experiments.data.vocabulary import Vocabulary
 from experiments.errors import ConfigError, DataError, UserError
@@ -148,7 +148,7 @@ def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard
         **((_timing_of(folder) if was_finished else None) or times.summary()),
     }
     if not config.quick:
-        curve.draw(folder, config, console)
+        curve.draw(folder, config, task.unit, console)
     if config.heads.report:
         _report_heads(config, folder, task, params, console)
     write(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -263,8 +263,9 @@ def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:
         config = dataclasses.replace(config, heads=dataclasses.replace(config.heads, **changes))
     except ValueError as error:
         raise UserError(f"heads: {error}") from None
-    task, params = trained(config, folder)
-    return _report_heads(config, folder, task, params, console)
+    with folders.opened(folder):
+        task, params = trained(config, folder)
+        return _report_heads(config, folder, task, params, console)
 
 
 def _report_heads(
@@ -315,6 +316,11 @@ def _new_state(config: training.Config, task: Task) -> training.State:
 def _latest(config: training.Config, task: Task, folder: Path) -> tuple[training.State, Checkpoints]:
     """The latest state of the run, or a new one."""
     checkpoints = Checkpoints(folder / CHECKPOINTS)
+    one = jax.eval_shape(lambda: _new_state(dataclasses.replace(config, seeds=1), task))
+    host.check_room(
+        "[model] parameters and what the optimizer keeps of them", one, config.seeds,
+        "model.d_model, model.d_ff, the number of layers, vocabulary.size or training.seeds",
+    )  # fmt: skip
     if finished.asked(checkpoints.latest_step) is None:
         if (folder / RESULT).is_file():
             raise DataError(

@@ -27,6 +27,7 @@ class Task(NamedTuple):
       report: (parameters [seeds, ...], folder) → the result; prints what a person wants to see, writes figures.
       epoch: batches per epoch; None where there are none.
       hashes: what data was used, name → SHA-256.
+      unit: what a token is, for a reader: "word", "character" or "token".
       notes: what a person should know before it starts.
       examples: number of batches seen → in words, which examples of the training data the next one has.
     """
@@ -41,6 +42,7 @@ class Task(NamedTuple):
     report: Callable[[Any, Path, Console], dict[str, Any]]
     epoch: int | None
     hashes: dict[str, str]
+    unit: str
     notes: tuple[str, ...]
     examples: Callable[[int], str]
 

@@ -16,14 +16,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import quick, work
+from experiments import host, quick, work
 from experiments.config import Translation
 from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import BOS, EOS, Vocabulary
 from experiments.folder import VOCABULARY
 from experiments.heads import examined, findings, numbers, report, table
 from experiments.task import Task, seeds_of
-from mhajax import decoding, linen, losses, transformer, translator
+from mhajax import cache, decoding, linen, losses, transformer, translator
 
 _HEADS_MEASURED_ON = 200  # sentences
 
@@ -42,6 +42,7 @@ def prepare(config: Translation, folder: Path) -> Task:
     shown = corpus.validation[: config.decoding.validation_sentences]
     validation = _ids(words, corpus.validation)
     translate = Translator(config, model, words)
+    translate.check_room(max(map(len, (shown, *corpus.tests.values()))), config.decoding.beams)
     validation_loss = _validation_loss(config, model)
 
     def evaluate(params: Any) -> dict[str, list[float]]:
@@ -74,6 +75,7 @@ def prepare(config: Translation, folder: Path) -> Task:
         report=partial(_report, config, corpus, words, model, translate),
         epoch=training_batches.batches_per_epoch,
         hashes=corpus.hashes,
+        unit=words.unit,
         notes=tuple(notes),
         examples=training_batches.examples,
     )
@@ -120,6 +122,11 @@ def _rows(batch: int, sentences: int) -> int:
     return batch if 2 * sentences > batch else sentences
 
 
+def _longest(source: int) -> int:
+    """Tokens that a translation of so many may have."""
+    return source * 3 // 2 + 8
+
+
 def _check_pairs(who: str, outputs: Sequence[str], references: Sequence[str]) -> None:
     if isinstance(outputs, str) or isinstance(references, str):
         raise ValueError(f"translation.{who}: outputs and references must be lists of sentences, got one text.")
@@ -141,13 +148,14 @@ class Translator:
         """Translations of the sentences; `beams` other than the config's if given."""
         settings = self._config.decoding
         beams = settings.beams if beams is None else beams
+        self.check_room(len(sentences), beams)
         ids = self._words.encode_all(sentences)
         outputs = [""] * len(sentences)
         rows = _rows(settings.batch, len(sentences))
         boundaries = self._config.batches.boundaries
         with work.piece("translating", len(sentences), "sentences") as piece:
             for batch in batches.evaluation_batches(ids, batch_size=rows, boundaries=boundaries):
-                longest = batch.source.shape[1] * 3 // 2 + 8
+                longest = _longest(batch.source.shape[1])
                 tokens = self._decode(params, batch.source, batch.source_lengths, beams=beams, length=longest)
                 for number, output in zip(batch.index, np.asarray(tokens), strict=True):
                     if number >= 0:
@@ -155,12 +163,22 @@ class Translator:
                 piece.advance(int((batch.index >= 0).sum()))
         return outputs
 
+    def check_room(self, sentences: int, beams: int) -> None:
+        """Refuse beams that cannot fit into memory."""
+        rows, decoder = _rows(self._config.decoding.batch, sentences) * beams, self._model.config.decoder
+        longest = _longest(self._config.batches.boundaries[-1])
+        layer = jax.eval_shape(lambda: cache.init((rows,), longest, decoder))
+        host.check_room(
+            "[decoding] keys and values of all beams", layer, decoder.num_layers, "decoding.batch or decoding.beams"
+        )
+
     def _decode_batch(self, params, source, source_lengths, *, beams, length):
         config = self._model.config
         params = linen.functional(self._model, params)
         state = translator.begin(params, source, length, config, source_lengths=source_lengths)
         first = jnp.full(source.shape[0], BOS)
         rows = jnp.repeat(jnp.arange(source.shape[0]), beams)
+        params = translator.unstack(params)
         reading = translator.select(state, rows)  # what is read stays; what is written moves through the loop
 
         def step(tokens, written):
@@ -307,7 +325,7 @@ def _show_heads(model: examined.Examined, params: Any, folder: Path, console: Co
     from mhajax import figures
 
     found = findings.of_one(model, params)
-    table.show(console, model.kinds, found)
+    table.show(console, model.kinds, found, model.unit)
 
     batch, row = report.worth_showing(model)
     words = model.sentence(batch, row).written

@@ -11,12 +11,18 @@ unless something damaged it later. What is damaged is never restored, and the er
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +96,7 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             raise ValueError(f"checkpoints.restore: {self._latest} holds no state; save one first.")
-        self._check(self._latest, step)
-        state = type(like)(**_restore_arrays(self._latest / str(step) / "state", like._asdict()))
-        if int(state.step) != step:
-            raise Damaged(self._message(self._latest, step, f"it holds batch {int(state.step)}"))
-        return state
+        return self._read(self._latest, step, partial(self._state, like=like))
 
     def offer(self, state: Any, score: float) -> bool:
         """Keep the evaluated parameters if the score is higher than all before; whether they were kept.
@@ -126,8 +128,7 @@ class Checkpoints:
         step = _newest(self._best)
         if step is None:
             return None
-        self._check(self._best, step)
-        return json.loads((self._best / str(step) / SCORE).read_text(encoding="utf-8"))
+        return self._read(self._best, step, lambda path: json.loads((path / SCORE).read_text(encoding="utf-8")))
 
     def best(self, like: Any) -> Any:
         """The best parameters [seeds, ...], of the same shapes as `like`.
@@ -139,11 +140,29 @@ class Checkpoints:
         step = _newest(self._best)
         if step is None:
             raise ValueError(f"checkpoints.best: {self._best} holds no parameters; offer some first.")
-        self._check(self._best, step)
-        return _restore_arrays(self._best / str(step) / "params", like)
+        return self._read(self._best, step, lambda path: _restore_arrays(path / "params", like))
 
     def close(self) -> None:
         """Nothing is open between calls; kept so that a caller need not know."""
+
+    def _read(self, kind: Path, step: int, read: Callable[[Path], Any]) -> Any:
+        """What is read from a checkpoint, or from the one that a training has put in its place meanwhile."""
+        while True:
+            try:
+                self._check(kind, step)
+                return read(kind / str(step))
+            except Exception:
+                newest = _newest(kind)
+                if newest is None or newest <= step:
+                    self._check(kind, step)  # what went wrong, where it was damaged while it was read
+                    raise
+                step = newest
+
+    def _state(self, path: Path, like: Any) -> Any:
+        state = type(like)(**_restore_arrays(path / "state", like._asdict()))
+        if int(state.step) != int(path.name):
+            raise Damaged(self._message(self._latest, int(path.name), f"it holds batch {int(state.step)}"))
+        return state
 
     def _check(self, kind: Path, step: int) -> None:
         damage = _damage(kind / str(step))
@@ -196,11 +215,17 @@ def _guarded(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(path)
     except Exception as error:  # Orbax hands on what its storage says, in types of its own
-        reason = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
         raise NotSaved(
-            f"checkpoints: {path} could not be written: {reason}. What was saved before is whole; make room or another "
-            "place to write, and the training goes on from there."
+            f"checkpoints: {path} could not be written: {_reason(error)}. What was saved before is whole; make room "
+            "or another place to write, and the training goes on from there."
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, without what others said about it."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
+    told = os.strerror(int(number[1])) if number else error.strerror if isinstance(error, OSError) else None
+    return told or _first_line(error)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -236,14 +261,47 @@ def _sha256(path: Path) -> str:
 def _save_arrays(path: Path, tree: Any) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with _told_once(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(path, args=ocp.args.StandardSave(tree))
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """What Orbax raises it logs too, and then every write still under way fails aloud: here, it is only raised.
+
+    Such writes end in threads of TensorStore, some after Orbax has raised: what keeps them quiet stays after a failure.
+    """
+    before, orbax = sys.unraisablehook, logging.getLogger("absl")
+
+    def hook(lost: Any) -> None:
+        if str(lost.exc_value) != "Event loop is closed":
+            before(lost)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(_no_lost_write)
+    orbax.addFilter(_no_warning)
+    try:
+        yield
+        sys.unraisablehook = before
+    except BaseException:
+        warnings.filterwarnings("ignore", "coroutine .*write_fragment.* was never awaited", RuntimeWarning)
+        raise
+    finally:
+        orbax.removeFilter(_no_warning)
+
+
+def _no_warning(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.WARNING
+
+
+def _no_lost_write(record: logging.LogRecord) -> bool:
+    return not any(name in record.getMessage() for name in ("OCDBT", "write_fragment"))  # TensorStore's, Orbax's
 
 
 def _restore_arrays(path: Path, like: Any) -> Any:
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with _told_once(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         saved = checkpointer.metadata(path)
         saved = getattr(saved, "item_metadata", saved)
         _check_shapes(path, getattr(saved, "tree", saved), like)

@@ -135,6 +135,16 @@ def init_cache(
     return transformer.init_cache(leading, capacity, config, dtype, rolling=rolling)
 
 
+def unstack(params: Params) -> Params:
+    """The same parameters for a loop over tokens with `extend`: `transformer.unstack` of its layers.
+
+    >>> config = Config(vocab_size=11, d_model=16, num_heads=4, num_layers=3)
+    >>> len(unstack(init_params(jax.random.key(0), config)).stack.layers)
+    3
+    """
+    return params._replace(stack=transformer.unstack(params.stack))
+
+
 @arguments.shown
 def extend(
     params: Params,
@@ -151,7 +161,8 @@ def extend(
     `masks.window(capacity - 1)` if the cache is rolling).
 
     Args:
-      params, tokens, config: as in `apply`.
+      params: as in `apply`; in a loop over tokens best those of `unstack`, made before the loop.
+      tokens, config: as in `apply`.
       cache: from `init_cache`, or of the last call. More tokens than it has room for give NaN under jit; whether that
         has happened, `cache.overflowed` of the new cache says.
       real: bool [..., t], False for padding, as in `cache.extend`: prompts of different lengths, rows that stand still.

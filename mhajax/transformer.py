@@ -32,7 +32,7 @@ Caches = tuple[Cache, ...]  # of all layers
 class Params(NamedTuple):
     """Layers stacked along a leading axis L, and the normalisation after the last."""
 
-    layers: block.Params  # every leaf [L, ...]
+    layers: Any  # block.Params, every leaf [L, ...]; or a tuple of L of them, see `unstack`
     norm: norm.Params
 
 
@@ -62,6 +62,37 @@ def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
     return Params(layers, norm.init_params(config.d_model, config.norm))
 
 
+def unstack(params: Params) -> Params:
+    """The same parameters, every layer by itself, for a loop over tokens with a cache.
+
+    Out of a stack the compiler copies every layer anew for every token. Write it before the loop, inside of jit.
+    """
+    return params._replace(layers=unstacked(params.layers))
+
+
+def unstacked(tree: Any) -> tuple[Any, ...]:
+    """What is stacked along a leading axis L, as a tuple of L."""
+    return tuple(_part(tree, index) for index in range(_count(tree)))
+
+
+def _is_unstacked(tree: Any) -> bool:
+    return type(tree) is tuple  # and no NamedTuple
+
+
+def _count(tree: Any) -> int:
+    """L."""
+    return len(tree) if _is_unstacked(tree) else jax.tree.leaves(tree)[0].shape[0]
+
+
+def _part(tree: Any, index: int) -> Any:
+    """What one layer has of it."""
+    return tree[index] if _is_unstacked(tree) else jax.tree.map(itemgetter(index), tree)
+
+
+def _stacked(tree: Any) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tree) if _is_unstacked(tree) else tree
+
+
 def init_cache(
     leading: tuple[int, ...], capacity: int, config: Config, dtype: Any = jnp.float32, *, rolling: bool = False
 ) -> Caches:
@@ -76,12 +107,13 @@ def select(cache: Caches, rows: Array) -> Caches:
 
 def keys_values(params: Params, memory: Array, config: attention.Config, *, masked: bool = True) -> KeysValues:
     """The memory projected to keys and values for every layer's cross attention, every leaf [L, ...]."""
-    if params.layers.cross is None:
+    layers = _stacked(params.layers)
+    if layers.cross is None:
         raise ValueError(
             "transformer.keys_values: params have no cross attention; init_params(…, cross=True) makes it."
         )
     project = partial(attention.keys_values, memory=memory, config=config, masked=masked)
-    return jax.vmap(project)(params.layers.cross)
+    return jax.vmap(project)(layers.cross)
 
 
 @arguments.shown
@@ -108,10 +140,10 @@ def run(
     """All layers, with their new caches and what was captured.
 
     Args:
-      params: from `init_params`.
+      params: from `init_params`, or `unstack`.
       x: [..., T, D].
       config: the shape; static under jit.
-      memory: [..., S, D], shared by all layers, or keys and values of every layer [L, ...].
+      memory: [..., S, D], shared by all layers, or keys and values of every layer, [L, ...] or a tuple of L.
       gates: [L, N], [L, ..., N] or [L, ..., N, T].
       interventions: every leaf with a leading L; a leaf without axes is shared by all layers.
       cache: from `init_cache`.
@@ -133,7 +165,7 @@ def run(
     leaves, structure = jax.tree.flatten(interventions)
     shared = [jnp.ndim(leaf) == 0 for leaf in leaves]
     own = [None if one else leaf for leaf, one in zip(leaves, shared, strict=True)]
-    stacked = {leaf.shape[0] for leaf in jax.tree.leaves((params.layers, gates, own))}
+    stacked = {_count(params.layers)} | {leaf.shape[0] for leaf in jax.tree.leaves((gates, own))}
     stacked |= set() if cache is None else {len(cache)}
     if stacked != {config.num_layers}:
         raise ValueError(
@@ -141,7 +173,7 @@ def run(
             f"num_layers={config.num_layers}, got {sorted(stacked)} layers; params and config do not belong together."
         )
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
-    projected = memory if isinstance(memory, KeysValues) else None
+    projected = memory if isinstance(memory, KeysValues) or _is_unstacked(memory) else None
     captures = block.as_captures(capture)
     counted = any("column_sums" in as_capture(one).names for one in captures)
     if options.get("real") is not None and cache is None and not counted:
@@ -162,12 +194,13 @@ def run(
         )  # fmt: skip
         return x, (cache, seen)
 
-    layers = (params.layers, keys, gates, own, projected)
     count = config.num_layers
+    layers = (params.layers, keys, gates, own, projected)
     asked = [Captures(*(_of_layer(one, index, count) for one in captures)) for index in range(count)]
     found: list[Seen] = []
     after: list[Any] = []
     if cache is None:
+        layers = tuple(_stacked(part) for part in layers)
         for wanted, group in groupby(range(count), key=asked.__getitem__):
             indices = list(group)
             some = slice(indices[0], indices[-1] + 1)
@@ -177,7 +210,7 @@ def run(
             found.append(seen)
     else:
         for index, before in enumerate(cache):
-            x, (new, seen) = one_layer(x, jax.tree.map(itemgetter(index), layers), before, capture=asked[index])
+            x, (new, seen) = one_layer(x, tuple(_part(part, index) for part in layers), before, capture=asked[index])
             after.append(new)
             found.append(jax.tree.map(itemgetter(None), seen))
     attention, cross = ([getattr(seen, kind) for seen in found] for kind in Seen._fields)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -119,7 +120,7 @@ class State(NamedTuple):
     """A translation under way: what the decoder has written, and what it can read."""
 
     written: Caches  # of the decoder's layers
-    source: KeysValues  # [L, ...]
+    source: tuple[KeysValues, ...]  # for each of the decoder's layers
     source_lengths: Array | None  # [...]
 
 
@@ -213,7 +214,9 @@ def begin(
     memory, _ = _encode(params, source, config, source_lengths=source_lengths, **options)
     return State(
         transformer.init_cache(source.shape[:-1], capacity, config.decoder, memory.dtype),
-        transformer.keys_values(params.decoder, memory, config, masked=source_lengths is not None),
+        transformer.unstacked(
+            transformer.keys_values(params.decoder, memory, config, masked=source_lengths is not None)
+        ),
         source_lengths,
     )
 
@@ -239,15 +242,20 @@ def extend(
     return embedding.logits(params.embedding, x), state._replace(written=written)
 
 
+def unstack(params: Params) -> Params:
+    """The same parameters for a loop over tokens with `extend`: `transformer.unstack` of the decoder."""
+    return params._replace(decoder=transformer.unstack(params.decoder))
+
+
 def select(state: State, rows: Array) -> State:
     """The translations of these rows of the batch, in this order; rows may repeat. For sources [B, S].
 
     Raises:
       ValueError: for a row that is known not to be there, as `cache.select`.
     """
-    arguments.below("translator.select", "rows", rows, state.source.k.shape[1], "sentences")
+    arguments.below("translator.select", "rows", rows, state.source[0].k.shape[0], "sentences")
     lengths = None if state.source_lengths is None else state.source_lengths[rows]
-    return State(transformer.select(state.written, rows), jax.tree.map(lambda a: a[:, rows], state.source), lengths)
+    return State(transformer.select(state.written, rows), jax.tree.map(itemgetter(rows), state.source), lengths)
 
 
 def _run(

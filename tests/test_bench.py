@@ -17,6 +17,7 @@ from experiments.bench import (
     case,
     decode,
     flops,
+    generate,
     heads,
     layer,
     machine,
@@ -111,6 +112,13 @@ def test_every_peer_computes_the_layer(quick_compiles, causal, backward):
 def test_every_peer_decodes(quick_compiles):
     shape = dataclasses.replace(CORE, batch=2, length=1, keys=5, heads=3, width=4, d_model=12)
     agree(decode.rows(shape, list(decode.BUILDERS), Settings(0.0)))
+
+
+@pytest.mark.slow
+def test_every_peer_writes_the_same_text(quick_compiles):
+    rows = {row.implementation: row for row in generate.of_size(TINY, list(generate.BUILDERS), Settings(0.0))}
+    assert rows["ours"].rounds == rows["linen"].rounds == 1
+    assert rows["torch"].rounds == INSTALLED("torch") and (rows["torch"].note is None) == INSTALLED("torch")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -475,3 +476,18 @@ def test_a_token_is_written_in_place(full_compiles, batch, rows, rolling):
         memory: Any = compiled.memory_analysis()
         one_layers_keys = size / 4
         assert memory.temp_size_in_bytes < one_layers_keys / 2 and memory.alias_size_in_bytes >= size
+
+
+def test_layers_by_themselves_are_the_same_model(lm, mt):
+    apart = language_model.unstack(lm)
+    assert isinstance(apart.stack.layers, tuple) and len(apart.stack.layers) == LM.num_layers
+    chex.assert_trees_all_equal(language_model.unstack(apart), apart)
+    close(apply_lm(apart, TOKENS), apply_lm(lm, TOKENS))
+    state = language_model.init_cache((B,), T, LM)
+    (expected, _), (got, _) = (extend_lm(params, TOKENS[:, :3], state, config=LM) for params in (lm, apart))
+    close(got, expected)
+    apart = translator.unstack(mt)
+    begun = begin_mt(apart, SOURCE, source_lengths=LENGTHS)
+    expected, _ = extend_mt(mt, TOKENS[:, :3], begin_mt(mt, SOURCE, source_lengths=LENGTHS), config=MT)
+    got, _ = extend_mt(apart, TOKENS[:, :3], begun, config=MT)
+    close(got, expected)

@@ -169,6 +169,17 @@ def test_lines_are_translated(finished):
     assert call("translate", run, stdin="")[:2] == (0, "")
 
 
+def test_words_that_the_run_does_not_know_are_told(finished, monkeypatch):
+    from experiments import translation
+
+    monkeypatch.setattr(translation, "Translator", lambda *_: lambda params, lines, beams: ["translated"] * len(lines))
+    status, out, err = call("translate", finished[1], stdin="my cat sleeps .\nthe zebra sees a [unicorn] .\n")
+    told = " ".join(err.split())
+    assert (status, out) == (0, "translated\n" * 2)
+    assert re.search(r"warning: line 2: 'zebra', '\[unicorn\]' not among the \d+ words that this run knows", told), err
+    assert "line 1" not in told
+
+
 def test_a_changed_config_is_another_run(finished):
     from experiments import run as running
 
@@ -427,6 +438,9 @@ BAD = {
         ["data.train_source", "255"],
     ),
     "a batch beyond the data": (["batches.tokens=2000000000"], ["batches.tokens", "4,800", "2,000,000,000"]),
+    "more sentences than memory holds": (["data.train=2000000000"], ["train", "at most 1,000,000", "2000000000"]),
+    "a model beyond memory": (["model.d_model=1000000"], ["model.d_model", "memory", "GiB here", "would take"]),
+    "seeds beyond memory": (["training.seeds=2000000000"], ["training.seeds", "GiB here"]),
     "incomplete files": (['data={kind="files", train_source="a.txt"}'], ["train_target"]),
 }
 

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress
 
 from experiments.data import fetch as fetching
 from experiments.data import files
@@ -299,6 +300,34 @@ def test_command_downloads(server, tmp_path, home, capsys):
     assert capsys.readouterr().out == f"sample: {tmp_path / 'sample'}\n"
     assert command(["sample"]) == 0
     assert contents(home / ".cache" / "mhajax" / "sample") == WHOLE
+
+
+def test_command_shows_how_far_each_file_is(server, tmp_path, capsys):
+    assert command(["sample", "--root", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    lines = [line.split() for line in err.splitlines()]
+    assert [(line[0], line[-2:]) for line in lines] == [
+        ("small.txt", ["8/8", "bytes"]),
+        ("deep/large.bin", ["256.0/256.0", "kB"]),
+    ]
+    assert "256.0" not in out  # what a program reads has the folder only
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(DataError, match="could not be downloaded"):
+        command(["sample", "--root", str(tmp_path / "elsewhere")])
+    assert capsys.readouterr().err.strip() == ""  # no bar of which nothing came
+
+
+def test_a_bar_moves_while_a_file_comes(server, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Progress, "update", lambda self, own, completed: seen.append((self.tasks[own].description, completed))
+    )
+    fetching._fetch_with_progress("sample", tmp_path)
+    large = [done for path, done in seen if path == "deep/large.bin"]
+    assert (
+        seen[0] == ("small.txt", len(SMALL)) and len(large) > 2 and large == sorted(large) and large[-1] == len(LARGE)
+    )
 
 
 def test_command_checks_all_names_first(server, tmp_path):

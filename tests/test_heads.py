@@ -92,8 +92,9 @@ def test_heads_that_follow_gold_are_found(model):
     rows = findings.of_one(fake, seen)
     assert rows["encoder"][SUBJECT.name].value.tolist()[0][0] == 1
     printed = io.StringIO()
-    table.show(Console(file=printed, width=120), fake.kinds, rows)
+    table.show(Console(file=printed, width=120), fake.kinds, rows, "word")
     assert "100" in printed.getvalue() and "best rule" in printed.getvalue()
+    assert "distance: words between" in printed.getvalue()
 
 
 def test_the_best_rule_is_counted_as_by_hand(model, corpus):

@@ -1,9 +1,13 @@
 """Runs keep their word: what is damaged is named, one process works on a folder, a full disk loses nothing."""
 
+import errno
+import io
 import json
+import os
 import random
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 import chex
@@ -11,16 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
+from experiments import curve, host, schema, toml
 from experiments import folder as folders
 from experiments import run as running
-from experiments import schema, toml
 from experiments.data import vocabulary
 from experiments.data.batches import PairBatches, TextBatches
 from experiments.errors import ConfigError, DataError, UserError
 from experiments.progress import Times
 from mhajax import checkpoints, training
 from mhajax.checkpoints import Checkpoints, Damaged
+from tests.test_experiments import TINY, call
 
 CONFIG = """
 kind = "language_model"
@@ -167,27 +173,130 @@ def test_a_place_that_cannot_be_made_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_heads_are_refused_while_another_process_works_on_the_run(tiny, tmp_path):
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    with folders.opened(copy):
+        before = files_of(copy)
+        status, out, err = call("heads", copy)
+        assert status == 2 and "another process works on this run (process " in err and "Traceback" not in err
+        assert files_of(copy) == before
+        assert call("sample", copy, "--tokens", 1)[0] == 0  # which only reads
+
+
+@pytest.mark.parametrize("kind", ["latest", "best"])
+def test_reading_goes_on_with_what_a_training_puts_in_its_place(tmp_path, monkeypatch, kind):
+    saved, real = Checkpoints(tmp_path), checkpoints._restore_arrays
+    keep = saved.save if kind == "latest" else lambda state: saved.offer(state, float(state.step))
+    keep(state_of(1))
+
+    def meanwhile(path, like):
+        for step in (3, 5) if path.parent.name == "1" else ():
+            keep(state_of(step, float(step)))  # after which that of batch 1 is gone
+        return real(path, like)
+
+    monkeypatch.setattr(checkpoints, "_restore_arrays", meanwhile)
+    read = saved.restore(state_of(0)).params if kind == "latest" else saved.best(state_of(0).params)
+    chex.assert_trees_all_equal(read, state_of(5, 5.0).params)
+
+
+def test_what_vanishes_while_it_is_read_is_one_line(tiny, tmp_path, monkeypatch, caplog):
+    copy, real = shutil.copytree(tiny, tmp_path / "copy"), checkpoints._restore_arrays
+
+    def vanishing(path, like):
+        shutil.rmtree(copy / "checkpoints")
+        return real(path, like)
+
+    monkeypatch.setattr(checkpoints, "_restore_arrays", vanishing)
+    status, _, err = call("sample", copy)
+    assert (
+        status == 2
+        and caplog.records == []
+        and err.count("\n") == 1
+        and "cannot be trusted: SHA256SUMS is missing" in err
+    )
+
+
+@pytest.mark.parametrize("metrics", [None, "", '{"step": 8, "validation_loss": [1.5], "score": [-1.5]}\n', "whole"])
+def test_metrics_that_are_gone_only_cost_the_figure(tiny, tmp_path, metrics):
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    file = copy / "metrics.jsonl"
+    if metrics is None:
+        file.unlink()
+    elif metrics != "whole":
+        file.write_text(metrics)
+    console = Console(file=io.StringIO(), width=200)
+    running._forget_after(file, 8)
+    curve.draw(copy, running.load_run(copy)[0], "character", console)
+    assert (copy / "figures" / "training.svg").is_file() == (metrics == "whole")
+    assert ("has no batches" in console.file.getvalue()) == (metrics != "whole")  # type: ignore[attr-defined]
+    if metrics == "whole":
+        assert "nats per character" in (copy / "figures" / "training.svg").read_text()
+
+
 def state_of(step, value=1.0, size=3):
     params = {"w": jnp.full((1, size), value)}
     return training.State(jnp.int32(step), params, (), None)
 
 
-def test_a_full_disk_keeps_what_was_saved(tmp_path):
-    saved = Checkpoints(tmp_path)
+def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch, caplog):
+    saved, lost = Checkpoints(tmp_path), []
     saved.save(state_of(1))
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)  # of writes that end after Orbax has raised
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    noise = jax.random.normal(jax.random.key(0), (1, 100_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))
+    noise = {str(i): jax.random.normal(jax.random.key(i), (1, 5_000)) for i in range(20)}
     try:
         with pytest.raises(checkpoints.NotSaved) as error, folders.opened(tmp_path / "run"):
-            saved.save(state_of(2)._replace(params={"w": noise}))
+            saved.save(state_of(2)._replace(params=noise))
     except UserError as told:  # as the command line has it
         error = told
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "could not be written" in str(error) and "\n" not in str(error)
+    assert "could not be written: File too large. What was saved before is whole" in str(error)
+    assert (
+        "\n" not in str(error) and lost == [] and [line for line in caplog.records if line.levelname == "ERROR"] == []
+    )
     assert saved.latest_step() == 1 and [path.name for path in (tmp_path / "latest").iterdir()] == ["1"]
     chex.assert_trees_all_equal(saved.restore(state_of(0)), state_of(1))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_disk_that_fills_up_is_one_error_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("a rose is a rose is a rose.\n" * 40)
+    (tmp_path / "tiny.toml").write_text(CONFIG.format(path=tmp_path / "text.txt"))
+    real = checkpoints._save_arrays
+
+    def full(path, tree):
+        if "latest/8.part" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, tree)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_save_arrays", full)
+        status, _, err = call(tmp_path / "tiny.toml", "--runs", tmp_path / "runs")
+    (run,) = (tmp_path / "runs").iterdir()
+    assert status == 2 and err.count("\n") == 1 and "No space left on device. What was saved before is whole" in err
+    assert [path.name for path in (run / "checkpoints" / "latest").iterdir()] == ["4"]
+    assert not (run / "result.json").exists()
+    status, out, err = call(tmp_path / "tiny.toml", "--runs", tmp_path / "runs")
+    assert status == 0 and "going on after batch 4 of 8" in out, err
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_loss_that_is_not_a_number_is_one_error_and_keeps_the_state_before_it(tmp_path):
+    (tmp_path / "text.txt").write_text("a rose is a rose is a rose.\n" * 40)
+    (tmp_path / "tiny.toml").write_text(CONFIG.format(path=tmp_path / "text.txt"))
+    changes = ("learning_rate=1e30", "warmup_steps=0", "log_every=1", "checkpoint_every=1")
+    runs = tmp_path / "runs"
+    status, _, err = call(tmp_path / "tiny.toml", *(f"training.{change}" for change in changes), "--runs", runs)
+    (run,) = runs.iterdir()
+    assert status == 1 and err.count("\n") == 1 and err.startswith("error: training stopped at batch 2: "), err
+    for part in ("is not finite", "the last good state, after batch 1, is kept", "Batch 2 has the windows of 8 tokens"):
+        assert part in err
+    assert [path.name for path in (run / "checkpoints" / "latest").iterdir()] == ["1"]
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert not (run / "result.json").exists() and not (run / "sample.txt").exists()
 
 
 @pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
@@ -220,6 +329,20 @@ def test_a_batch_beyond_the_data_is_refused_before_it_is_allocated():
     with pytest.raises(DataError, match=r"at most the 30 tokens .* got 3,000,000,000 \(1,000,000,000 × 3\)"):
         TextBatches(np.arange(30), batch_size=1_000_000_000, length=3, seed=0)
     assert PairBatches(pairs, batch_tokens=4096, boundaries=(4,), seed=0).shapes == ((1024, 4),)
+
+
+def test_what_is_written_or_translated_is_refused_where_there_is_no_room(tiny, tmp_path, monkeypatch):
+    assert (host.memory() or 2**30) > 2**20
+    monkeypatch.setattr(host, "memory", lambda: 100_000)  # a token of this run: 64 bytes
+    status, _, err = call("sample", tiny, "--tokens", 10_000)
+    assert status == 2 and "[sampling]" in err and "Make sampling.tokens smaller." in err
+    assert call("sample", tiny, "--tokens", 5)[0] == 0
+    (tmp_path / "tiny.toml").write_text(TINY)
+    status, _, err = call(tmp_path / "tiny.toml", "decoding.beams=3", "--runs", tmp_path / "runs")
+    assert status == 2 and "[decoding]" in err and "Make decoding.batch or decoding.beams smaller." in err
+    status, _, err = call(tmp_path / "tiny.toml", "decoding.batch=1", "--runs", tmp_path / "runs")
+    assert status == 2 and "[model]" in err and "Make model.d_model" in err  # which decoding has room for now
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_examples_of_a_batch_are_named():

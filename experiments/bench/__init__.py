@@ -19,6 +19,7 @@ Time attention, against the other libraries that are installed, side by side in 
   odd         the same for lengths and widths that are not round numbers
   layer       with the projections
   decode      one token with a cache
+  generate    a whole text by a small language model
   heads       all removals of one head, at once and in a loop; half of the heads; capture of a head's weights
   step        a training step of a small language model; peak memory of each process
   start       time to import, and to compile
@@ -28,7 +29,7 @@ Every result is compared with ours before it is timed. Implementations take turn
 within a round, above 1 is slower than ours.
 """
 
-CASES = ("attention", "odd", "layer", "decode", "heads", "step", "start")
+CASES = ("attention", "odd", "layer", "decode", "generate", "heads", "step", "start")
 
 
 def command(arguments: list[str]) -> int:

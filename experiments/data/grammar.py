@@ -31,6 +31,8 @@ LONGEST_TRAINED = 20
 """Most source tokens of any sentence outside `generalisation`."""
 LONGEST = 30
 """Most source tokens of any sentence."""
+MOST = 1_000_000
+"""Most sentence pairs of a split: they take five minutes to write, and 3 GB."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Config:
     def __post_init__(self):
         for name, least in (("train", 0), ("validation", 0), ("test", 0), ("generalisation", 0), ("seed", None)):
             number = getattr(self, name)
-            if type(number) is not int or (least is not None and number < least):
-                expected = "a whole number" if least is None else f"a whole number of sentences, at least {least}"
+            if type(number) is not int or (least is not None and not least <= number <= MOST):
+                counted = f"a whole number of sentences, at least {least} and at most {MOST:,}"
+                expected = "a whole number" if least is None else counted
                 raise ValueError(f"grammar.Config: {name} must be {expected}, got {number!r}; write {name} = 500.")
 
 

@@ -15,13 +15,14 @@ _DECIMALS = {"distance": 1, "entropy": 2}  # of the measures that are not shares
 _FIRST, _SHARE = 30, 13  # columns of a terminal that the first three take, and each share
 
 
-def show(console: Console, kinds: Sequence[Kind], heads: Mapping[str, Mapping[str, Measure]]) -> None:
+def show(console: Console, kinds: Sequence[Kind], heads: Mapping[str, Mapping[str, Measure]], unit: str) -> None:
     """Print a table for each kind of attention.
 
     Args:
       console: where.
       kinds: of attention.
       heads: kind → measure → [L, N], from `findings.of_one`.
+      unit: what a token is, for a reader: "word", "character" or "token".
     """
     relations = False
     for kind in kinds:
@@ -46,7 +47,7 @@ def show(console: Console, kinds: Sequence[Kind], heads: Mapping[str, Mapping[st
             console.print(f"no room for: {', '.join(left_out)}", style="dim", highlight=False)
         console.print()
     console.print(
-        "distance: tokens between query and what it looks at; entropy: 0 is one key, 1 all alike."
+        f"distance: {unit}s between query and what it looks at; entropy: 0 is one key, 1 all alike."
         + (
             " Relations: % of the queries whose most attended key is a right one, with the 95 % interval over "
             "sentences; best rule is what a fixed offset or the nearest noun would reach."

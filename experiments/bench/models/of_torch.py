@@ -37,6 +37,31 @@ def stepper(size: Size, arrays: dict[str, np.ndarray]) -> Callable[[], float]:
     return step
 
 
+def writer(size: Size, arrays: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """A function that writes tokens [B, T], the likeliest one after the other."""
+    import torch
+    from torch.nn import functional
+
+    torch.set_num_threads(machine.threads())
+    layers, ends = parameters(size, arrays)
+    positions, first = torch.from_numpy(arrays["positions"]), torch.from_numpy(arrays["tokens"][:, 0].copy())
+    room = (size.layers, 2, size.batch, size.heads, size.length, size.width)
+
+    def write():
+        with torch.inference_mode():
+            cache, token, tokens = torch.empty(room), first, []
+            for place in range(size.length):
+                x = functional.embedding(token[:, None], ends["embedding"]) * size.d_model**0.5 + positions[place]
+                for layer, seen in zip(layers, cache, strict=True):
+                    x = block(layer, x, size, seen, place)
+                logits = functional.linear(_norm(ends["scale"], ends["shift"], x[:, 0]), ends["embedding"])
+                token = logits.argmax(-1)
+                tokens.append(token)
+            return torch.stack(tokens, 1)
+
+    return write
+
+
 def parameters(size: Size, arrays: dict[str, np.ndarray]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Tensors of every layer, and those before and after them; matrices are (out, in)."""
     import torch
@@ -60,14 +85,17 @@ def parameters(size: Size, arrays: dict[str, np.ndarray]) -> tuple[list[dict[str
     return layers, {name: trained(array) for name, array in ends.items()}
 
 
-def block(layer: dict[str, Any], x: Any, size: Size) -> Any:
-    """One layer, [B, T, D] to [B, T, D]."""
+def block(layer: dict[str, Any], x: Any, size: Size, seen: Any = None, place: int = 0) -> Any:
+    """One layer, [B, T, D] to [B, T, D]; or of the one token at `place`, after the keys and values seen before."""
     from torch.nn import functional
 
     b, t, d = x.shape
     rows = functional.linear(_norm(layer["scale_1"], layer["shift_1"], x), layer["qkv"])
     q, k, v = rows.view(b, t, 3, size.heads, size.width).permute(2, 0, 3, 1, 4)
-    heads = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if seen is not None:
+        seen[0, :, :, place : place + 1], seen[1, :, :, place : place + 1] = k, v
+        k, v = seen[:, :, :, : place + 1]
+    heads = functional.scaled_dot_product_attention(q, k, v, is_causal=seen is None)
     x = x + functional.linear(heads.transpose(1, 2).reshape(b, t, d), layer["o"])
     hidden = functional.linear(_norm(layer["scale_2"], layer["shift_2"], x), layer["w_in"], layer["b_in"])
     return x + functional.linear(functional.gelu(hidden, approximate="tanh"), layer["w_out"], layer["b_out"])

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from experiments.bench.models import LEARNING_RATE, WEIGHT_DECAY, Size
-from mhajax import language_model, losses
+from mhajax import decoding, language_model, losses
 
 
-def program(size: Size, arrays: dict, *, unroll: int = 1) -> tuple[Callable, Any]:
-    """The training step, (state, tokens) → (loss, state), not yet compiled, and its first state."""
+def model(size: Size, arrays: dict, *, unroll: int = 1) -> tuple[language_model.Config, language_model.Params]:
+    """The model, and its parameters from these weights."""
     config = language_model.Config(
         d_model=size.d_model, num_heads=size.heads, num_layers=size.layers, vocab_size=size.vocabulary,
         norm="layer", positions="sinusoidal", unroll=unroll,
@@ -30,7 +30,12 @@ def program(size: Size, arrays: dict, *, unroll: int = 1) -> tuple[Callable, Any
         mlp=layers.mlp._replace(w_in=arrays["w_in"], w_out=arrays["w_out"]),
     )
     stack = params.stack._replace(layers=layers, norm=ones(params.stack.norm))
-    params = language_model.Params(arrays["embedding"], stack)
+    return config, language_model.Params(arrays["embedding"], stack)
+
+
+def program(size: Size, arrays: dict, *, unroll: int = 1) -> tuple[Callable, Any]:
+    """The training step, (state, tokens) → (loss, state), not yet compiled, and its first state."""
+    config, params = model(size, arrays, unroll=unroll)
     optimiser = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def loss(params, tokens):
@@ -45,3 +50,20 @@ def program(size: Size, arrays: dict, *, unroll: int = 1) -> tuple[Callable, Any
 
     state: Any = params
     return step, (params, optimiser.init(state))
+
+
+def writer(size: Size, arrays: dict) -> tuple[Callable, Any]:
+    """(params, first tokens [B]) → tokens [B, T], the likeliest one after the other, and the params."""
+    config, params = model(size, arrays, unroll=size.layers)
+
+    def write(params, first):
+        params = language_model.unstack(params)
+
+        def step(tokens, cache):
+            logits, cache = language_model.extend(params, tokens[:, None], cache, config)
+            return logits[:, 0], cache
+
+        cache = language_model.init_cache(first.shape, size.length, config)
+        return decoding.generate(step, cache, first, decoding.greedy, jax.random.key(0), length=size.length)
+
+    return write, params
