@@ -1,8 +1,8 @@
 """A whole text: 128 tokens, greedily, by a small language model with a cache; `models` says which.
 
 Everybody starts from one token and an empty cache with room for all, and has to write the same text. In JAX the loop
-is one program; "ours" is `decoding.generate` with `language_model.extend`, Linen a scan over a model with `decode=True`,
-torch an eager loop that writes keys and values into tensors.
+is one program; "ours" is `decoding.generate` with `language_model.extend`, Linen a scan with `decode=True`, torch an
+eager loop that writes keys and values into tensors.
 """
 
 from __future__ import annotations
