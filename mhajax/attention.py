@@ -143,6 +143,19 @@ def init_params(key: Array, config: Config) -> Params:
     )
 
 
+def attentions(params: Params) -> dict[str, Params]:
+    """The attentions in parameters, by the names of their gates: here the only one, which has none.
+
+    Every module that has Params with attentions in them says so, for those who measure and change heads of any model.
+    """
+    return {"": params}
+
+
+def with_attentions(params: Params, changed: dict[str, Params]) -> Params:
+    """The parameters with some attentions replaced, named as by `attentions`."""
+    return changed.get("", params)
+
+
 @arguments.shown
 def apply(params: Params, x: Array, config: Config, **options: Unpack[Options]) -> Array:
     """Multi-head attention of x to itself, or to `memory`.

@@ -122,6 +122,17 @@ def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
     )
 
 
+def attentions(params: Params) -> dict[str, attention.Params]:
+    """As `attention.attentions`: "attention" and, where there is one, "cross"."""
+    found = {"attention": params.attention, "cross": params.cross}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def with_attentions(params: Params, changed: dict[str, attention.Params]) -> Params:
+    """The parameters with some attentions replaced."""
+    return params._replace(**changed)
+
+
 @arguments.shown
 def apply(params: Params, x: Array, config: Config, **options: Unpack[Options]) -> Array:
     """One layer, [..., T, D] to [..., T, D]. The options are those of `run`, which also takes a cache and captures."""

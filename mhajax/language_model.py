@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax import arguments, embedding, masks, transformer
+from mhajax import arguments, attention, embedding, masks, transformer
 from mhajax import cache as caches
 from mhajax.block import Captures, CommonOptions, Seen
 from mhajax.dropout import dropout
@@ -65,6 +65,16 @@ def init_params(key: Array, config: Config) -> Params:
         embedding.init_params(key_embedding, config.vocab_size, config.d_model),
         transformer.init_params(key_stack, config),
     )
+
+
+def attentions(params: Params) -> dict[str, attention.Params]:
+    """As `attention.attentions`: "attention", every leaf [L, ...]."""
+    return transformer.attentions(params.stack)
+
+
+def with_attentions(params: Params, changed: dict[str, attention.Params]) -> Params:
+    """The parameters with some attentions replaced."""
+    return params._replace(stack=transformer.with_attentions(params.stack, changed))
 
 
 @arguments.shown

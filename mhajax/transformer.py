@@ -93,6 +93,16 @@ def _stacked(tree: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tree) if _is_unstacked(tree) else tree
 
 
+def attentions(params: Params) -> dict[str, attention.Params]:
+    """As `attention.attentions`: those of a layer, every leaf [L, ...]."""
+    return block.attentions(_stacked(params.layers))
+
+
+def with_attentions(params: Params, changed: dict[str, attention.Params]) -> Params:
+    """The parameters with some attentions replaced."""
+    return params._replace(layers=block.with_attentions(_stacked(params.layers), changed))
+
+
 def init_cache(
     leading: tuple[int, ...], capacity: int, config: Config, dtype: Any = jnp.float32, *, rolling: bool = False
 ) -> Caches:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax import arguments, block, embedding, masks, transformer
+from mhajax import arguments, attention, block, embedding, masks, transformer
 from mhajax import cache as caches
 from mhajax.attention import KeysValues
 from mhajax.dropout import dropout
@@ -140,6 +140,21 @@ def init_params(key: Array, config: Config) -> Params:
         transformer.init_params(key_encoder, config.encoder),
         transformer.init_params(key_decoder, config.decoder, cross=True),
     )
+
+
+def attentions(params: Params) -> dict[str, attention.Params]:
+    """As `attention.attentions`: "encoder", "decoder" and "cross", every leaf [L, ...]."""
+    read, written = transformer.attentions(params.encoder), transformer.attentions(params.decoder)
+    return {"encoder": read["attention"], "decoder": written["attention"], "cross": written["cross"]}
+
+
+def with_attentions(params: Params, changed: dict[str, attention.Params]) -> Params:
+    """The parameters with some attentions replaced."""
+    within = {"encoder": ("encoder", "attention"), "decoder": ("decoder", "attention"), "cross": ("decoder", "cross")}
+    for name, one in changed.items():
+        stack, place = within[name]
+        params = params._replace(**{stack: transformer.with_attentions(getattr(params, stack), {place: one})})
+    return params
 
 
 @arguments.shown

@@ -302,7 +302,7 @@ STACK = reference.random_params(transformer.init_params, STACK_CONFIG)
         (ValueError, lambda: surgery.prune(PARAMS, CONFIG, np.ones(5, bool)), r"must be \[N\] = \(6,\), got \(5,\)"),
         (TypeError, lambda: surgery.prune(PARAMS, CONFIG, np.ones(6)), r"write gates > 0.5"),
         (ValueError, lambda: surgery.prune(PARAMS, made(4)[1], [0]), r"\(N, D, H, K, Hv\) = \(4, 11, 4, 4, 3\), got"),
-        (TypeError, lambda: surgery.prune(STACK, STACK_CONFIG, np.ones((3, 4), bool)), r"must be a block.Gates"),
+        (TypeError, lambda: surgery.prune(STACK, STACK_CONFIG, np.ones((3, 4), bool)), r"must be Gates\(attention=…\)"),
         (
             ValueError,
             lambda: surgery.prune(STACK, STACK_CONFIG, block.Gates(None, np.ones((3, 4), bool))),

@@ -23,7 +23,7 @@ Time attention, against the other libraries that are installed, side by side in 
   heads       all removals of one head, at once and in a loop; half of the heads; capture of a head's weights
   step        a training step of a small language model; peak memory of each process
   start       time to import, and to compile
-  tune        what "auto" should decide by on this machine (2 to 5 minutes); has options of its own
+  tune        what "auto" should decide by on this machine (2 to 3 minutes); has options of its own
 
 Every result is compared with ours before it is timed. Implementations take turns; "× ours" is the median of the ratios
 within a round, above 1 is slower than ours.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,64 +13,50 @@ from jax import Array
 from jax.core import Tracer
 from numpy.typing import ArrayLike
 
-from mhajax import attention, block, language_model, transformer, translator
+from mhajax import attention
 
-Model = TypeVar("Model", attention.Params, block.Params, transformer.Params, language_model.Params, translator.Params)
+Model = TypeVar("Model")  # the Params of a module that has `attentions` and `with_attentions`
 Config = TypeVar("Config", bound=attention.Config)
 Attentions = dict[str, attention.Params]  # by the names that their gates have; "" is an attention that is no part
 
 
 def attentions(who: str, params: Any) -> Attentions:
-    """The attentions of an attention, a layer, a stack or a model."""
-    if isinstance(params, attention.Params):
-        return {"": params}
-    if isinstance(params, block.Params):
-        found = {"attention": params.attention, "cross": params.cross}
-    elif isinstance(params, transformer.Params):
-        return attentions(who, params.layers)
-    elif isinstance(params, language_model.Params):
-        return attentions(who, params.stack)
-    elif isinstance(params, translator.Params):
-        decoder = params.decoder.layers
-        found = {"encoder": params.encoder.layers.attention, "decoder": decoder.attention, "cross": decoder.cross}
-    else:
-        raise TypeError(
-            f"surgery.{who}: params must be the Params of attention, block, transformer, language_model or translator, "
-            f"got {type(params).__module__}.{type(params).__name__}."
-        )
-    return {name: one for name, one in found.items() if one is not None}
+    """The attentions of an attention, a layer, a stack or a model, as its own module names them."""
+    return _module_of(who, params).attentions(params)
 
 
 def replaced(params: Any, changed: Attentions) -> Any:
     """The same parameters with other attentions, named as by `attentions`."""
-    if isinstance(params, attention.Params):
-        return changed[""]
-    if isinstance(params, block.Params):
-        return params._replace(**changed)
-    if isinstance(params, transformer.Params):
-        return params._replace(layers=replaced(params.layers, changed))
-    if isinstance(params, language_model.Params):
-        return params._replace(stack=replaced(params.stack, changed))
-    reads, writes = {}, {}
-    for name, one in changed.items():
-        stack, place = {"encoder": (reads, "attention"), "decoder": (writes, "attention")}.get(name, (writes, name))
-        stack[place] = one
-    return params._replace(encoder=replaced(params.encoder, reads), decoder=replaced(params.decoder, writes))
+    return _module_of("replaced", params).with_attentions(params, changed)
+
+
+def _module_of(who: str, params: Any) -> Any:
+    module = sys.modules.get(type(params).__module__)
+    if not isinstance(params, getattr(module, "Params", ())) or not hasattr(module, "attentions"):
+        raise TypeError(
+            f"surgery.{who}: params must be the Params of attention, block, transformer, language_model, translator or "
+            "of another module that has attentions(params) and with_attentions(params, changed), "
+            f"got {type(params).__module__}.{type(params).__name__}."
+        )
+    return module
 
 
 def asked(who: str, what: str, found: Attentions, given: Any) -> dict[str, Any]:
     """What was given for each attention; those for which it is None are left out."""
     if "" in found:
         return {"": given}
-    kind = translator.Gates if "encoder" in found else block.Gates
-    if not isinstance(given, kind):
+    if not hasattr(given, "_asdict"):
+        names = ", ".join(f"{name}=…" for name in found)
         raise TypeError(
-            f"surgery.{who}: {what} must be a {kind.__module__.removeprefix('mhajax.')}.Gates with something for each "
-            f"head of {', '.join(found)}, got {type(given).__name__}."
+            f"surgery.{who}: {what} must be Gates({names}), as of block or translator, with something for each head, "
+            f"got {type(given).__name__}."
         )
     values = {name: value for name, value in given._asdict().items() if value is not None}
     if unknown := sorted(set(values) - set(found)):
-        raise ValueError(f"surgery.{who}: {what} is given for {', '.join(unknown)}, but params have no such attention.")
+        raise ValueError(
+            f"surgery.{who}: {what} is given for {', '.join(unknown)}, but params have no such attention, only "
+            f"{', '.join(found)}."
+        )
     return values
 
 
