@@ -26,6 +26,7 @@ from experiments.progress import Board, Display, Times
 from experiments.task import Task, seeds_of
 from mhajax import training
 from mhajax.checkpoints import Checkpoints, Damaged
+from mhajax.kernels import rules
 
 _PACKAGES = ("mhajax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "sacrebleu")
 
@@ -421,11 +422,16 @@ def _environment(task: Task, folder: Path) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    try:
+        decided = rules.current()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return {
         "python": platform.python_version(),
         "packages": versions,
         "machine": platform.platform(),
         "cpus": os.cpu_count(),
+        "kernel_rules": dataclasses.asdict(decided),  # other tiles round otherwise
         "devices": [device.device_kind for device in jax.devices()],
         "data_sha256": task.hashes,
         "files_sha256": folders.sums(folder),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -127,3 +128,17 @@ def test_the_command_writes_a_file(tmp_path, monkeypatch, capsys):
         assert rules.read(tmp_path / "mine.toml").tile_tokens == BUILT_IN.tile_tokens
     with pytest.raises(UserError, match="nowhere/mine.toml cannot be written"):
         bench.command(["tune", str(tmp_path / "nowhere" / "mine.toml")])
+    with pytest.raises(UserError, match="has options of its own"):
+        bench.command(["--json", "tune"])
+
+
+def test_a_run_says_by_what_was_decided_and_refuses_a_file_that_is_wrong(monkeypatch, tmp_path):
+    from experiments import run
+
+    task = SimpleNamespace(hashes={})
+    rules.use(OTHER)
+    assert run._environment(task, tmp_path)["kernel_rules"] == dataclasses.asdict(OTHER)
+    monkeypatch.setattr(rules, "_used", None)
+    monkeypatch.setenv(rules.VARIABLE, str(tmp_path / "gone.toml"))
+    with pytest.raises(UserError, match=r"gone.toml cannot be read"):
+        run._environment(task, tmp_path)

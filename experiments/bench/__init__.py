@@ -39,6 +39,8 @@ def command(arguments: list[str]) -> int:
 
         return tune.command(arguments[1:])
     options = _parser().parse_args(arguments)
+    if options.case == "tune":
+        raise UserError("bench tune has options of its own: python -m experiments bench tune [FILE] [--seconds S].")
     benchmark = importlib.import_module(f"experiments.bench.{options.case}")
     names = _names(options.only, list(benchmark.BUILDERS))
     cases = _cases(options, benchmark)
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("case", choices=CASES, metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("case", choices=(*CASES, "tune"), metavar="CASE", help=", ".join((*CASES, "tune")))
     parser.add_argument("--only", nargs="+", metavar="PEER", help="these implementations; ours is always there")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="T", help="these lengths (of the cache, for decode)")
     parser.add_argument("--pass", dest="passes", choices=("forward", "backward"), help="only this one of both passes")
