@@ -221,6 +221,7 @@ def test_rows_at_different_places(rolling, seed):
     assert state.length.tolist() == [M] * R
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rolling", tiered([False, True], True), ids=["all", "rolling"])
 @pytest.mark.parametrize(
     "sizes",

@@ -162,7 +162,8 @@ def lm():
     return random_params(language_model.init_params, LM)
 
 
-@pytest.mark.parametrize("layers", [(4, 0, 1), pytest.param((2,), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [(4, 0, 1), (2,)])
 def test_layers_are_chosen_and_the_others_stay_as_they_are(lm, layers):
     run = jax.jit(partial(language_model.apply_captured, config=LM), static_argnames="capture")
     names = ("weights", "heads", "entropy")

@@ -342,6 +342,7 @@ def nnx_layer(**options: Any) -> nnx.MultiHeadAttention:
     return nnx.MultiHeadAttention(**(shape | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiered(NNX_LAYERS, "causal, grouped"))
 def test_an_nnx_layer_with_our_kernel(name):
     options, inputs, call = NNX_LAYERS[name]

@@ -67,6 +67,7 @@ def test_the_penalty_counts_heads_that_may_be_open():
     np.testing.assert_allclose(slope, p * (1 - p), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_draws_have_a_derivative():
     key, at = jax.random.key(3), jnp.array(LOG_ALPHA)
     slope = jax.grad(lambda a: jnp.sum(gates.sample(a, key)))(at)

@@ -177,6 +177,7 @@ def test_positional_heads_are_found_and_others_are_not():
     np.testing.assert_array_equal(tallies.total[1], tally.total)
 
 
+@pytest.mark.slow
 def test_the_offset_is_chosen_on_one_half_and_reported_on_the_other():
     turning = np.stack([looking(-1), looking(1)] * 4)[:, None]  # the other half does something else
     best, tally = patterns.positional(patterns.offset_hits(turning, FULL))

@@ -283,6 +283,7 @@ def test_a_disk_that_fills_up_is_one_error_and_the_same_command_goes_on(tmp_path
     assert status == 0 and "going on after batch 4 of 8" in out, err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiles")
 def test_a_loss_that_is_not_a_number_is_one_error_and_keeps_the_state_before_it(tmp_path):
     (tmp_path / "text.txt").write_text("a rose is a rose is a rose.\n" * 40)
