@@ -175,7 +175,9 @@ def run(
     leaves, structure = jax.tree.flatten(interventions)
     shared = [jnp.ndim(leaf) == 0 for leaf in leaves]
     own = [None if one else leaf for leaf, one in zip(leaves, shared, strict=True)]
-    stacked = {_count(params.layers)} | {leaf.shape[0] for leaf in jax.tree.leaves((gates, own))}
+    everything = (gates, own) if _is_unstacked(params.layers) else (params.layers, gates, own)
+    stacked = {_count(params.layers)} | {leaf.shape[0] for leaf in jax.tree.leaves(everything)}
+    stacked |= {len(memory)} if _is_unstacked(memory) else set()
     stacked |= set() if cache is None else {len(cache)}
     if stacked != {config.num_layers}:
         raise ValueError(

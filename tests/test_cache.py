@@ -492,3 +492,10 @@ def test_layers_by_themselves_are_the_same_model(lm, mt):
     expected, _ = extend_mt(mt, TOKENS[:, :3], begin_mt(mt, SOURCE, source_lengths=LENGTHS), config=MT)
     got, _ = extend_mt(apart, TOKENS[:, :3], begun, config=MT)
     close(got, expected)
+
+
+def test_layers_of_another_number_are_refused(lm):
+    apart = language_model.unstack(lm)
+    short = apart._replace(stack=apart.stack._replace(layers=apart.stack.layers[:-1]))
+    with pytest.raises(ValueError, match=f"num_layers={LM.num_layers}, got .* layers; params and config do not belong"):
+        language_model.extend(short, TOKENS[:, :3], language_model.init_cache((B,), T, LM), LM)
