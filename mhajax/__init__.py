@@ -28,7 +28,8 @@ A map of the package:
       patterns, roles, copying          where they look, and what they are for
       circuits, diversity, alignment    what their weights could do, how they differ, which words they align
       surgery                           heads cut out, moved, merged and grouped
-      statistics, significance, matching  intervals, tests, and which head of one training is which of another
+      matching                          which head of one training is which of another
+    statistics      intervals, paired tests, many hypotheses at once
     figures         pictures from arrays, for paper (needs matplotlib)
     view            heads to point at, in a notebook or a page
 
@@ -68,7 +69,19 @@ from mhajax.attention import apply, apply_captured, init_params
 from mhajax.version import __version__
 
 if TYPE_CHECKING:  # the others are imported when they are named, below
-    from mhajax import accumulation, checkpoints, figures, heads, linen, nnx, training, variants, view, weight_decay
+    from mhajax import (
+        accumulation,
+        checkpoints,
+        figures,
+        heads,
+        linen,
+        nnx,
+        statistics,
+        training,
+        variants,
+        view,
+        weight_decay,
+    )
 
 __all__ = [
     "__version__",
@@ -99,6 +112,7 @@ __all__ = [
     "norm",
     "positions",
     "scores",
+    "statistics",
     "training",
     "transformer",
     "translator",

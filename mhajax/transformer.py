@@ -177,7 +177,7 @@ def run(
     own = [None if one else leaf for leaf, one in zip(leaves, shared, strict=True)]
     everything = (gates, own) if _is_unstacked(params.layers) else (params.layers, gates, own)
     stacked = {_count(params.layers)} | {leaf.shape[0] for leaf in jax.tree.leaves(everything)}
-    stacked |= {len(memory)} if _is_unstacked(memory) else set()
+    stacked |= {_count(memory)} if _is_unstacked(memory) else set()
     stacked |= set() if cache is None else {len(cache)}
     if stacked != {config.num_layers}:
         raise ValueError(

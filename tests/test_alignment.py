@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from mhajax import attention
-from mhajax.heads import alignment, statistics
+from mhajax import attention, statistics
+from mhajax.heads import alignment
 from tests.reference import numbers, random_params
 
 L, B, N, T, S = 3, 2, 6, 5, 7

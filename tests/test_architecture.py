@@ -14,7 +14,20 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 # A module of the library imports only from rows above its own, or from its own folder.
 LAYERS = [
     {"arguments"},
-    {"masks", "precision", "positions", "scores", "dropout", "norm", "mlp", "losses", "tree", "version", "checkpoints"},
+    {
+        "masks",
+        "precision",
+        "positions",
+        "scores",
+        "dropout",
+        "norm",
+        "mlp",
+        "losses",
+        "tree",
+        "version",
+        "checkpoints",
+        "statistics",
+    },
     {"interventions", "weight_decay", "accumulation"},
     {"kernels", "embedding", "checks", "options"},
     {"attention"},

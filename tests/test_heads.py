@@ -13,7 +13,7 @@ from experiments.config import LanguageModelling, Translation, Windows
 from experiments.data import corpora, vocabulary
 from experiments.heads import costs, examined, findings, gold, measure, numbers, report, roles, table
 from mhajax import language_model, translator
-from mhajax.heads.statistics import Measure
+from mhajax.statistics import Measure
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 SENTENCES, SEEDS = 24, 3

@@ -13,7 +13,7 @@ from tiers import tiered
 
 from mhajax import attention, block, language_model, masks, transformer, translator
 from mhajax.heads import ablation, importance
-from mhajax.heads.statistics import Tally
+from mhajax.statistics import Tally
 
 B, S, T, V = 3, 7, 5, 11
 COMMON: dict[str, Any] = {"d_model": 12, "d_ff": 10, "vocab_size": V, "encoder_layers": 2, "decoder_layers": 3}

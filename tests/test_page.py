@@ -12,7 +12,7 @@ import pytest
 
 from experiments import page
 from mhajax import figures, view
-from mhajax.heads.statistics import Measure
+from mhajax.statistics import Measure
 from tests import browser as browsers
 
 pytest.importorskip("matplotlib")

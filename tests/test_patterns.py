@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mhajax.heads import patterns
-from mhajax.heads.statistics import Tally
+from mhajax.statistics import Tally
 
 L, B, N, T, S = 2, 3, 5, 7, 11
 FULL, CAUSAL = np.ones((T, T), bool), np.tril(np.ones((T, T), bool))

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mhajax.heads.significance import benjamini_hochberg, max_statistic, paired, sign_flips
-from mhajax.heads.statistics import Tally
+from mhajax.statistics import Tally, benjamini_hochberg, max_statistic, paired, sign_flips
 
 
 def test_paired_is_scipys_t_test_and_an_enumeration():
@@ -40,7 +39,7 @@ def test_many_seeds_are_sampled_and_agree_with_the_t_test():
 
 
 def test_paired_wants_the_same_seeds():
-    with pytest.raises(ValueError, match=r"significance.paired: .* got \(3,\) and \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"statistics.paired: .* got \(3,\) and \(4, 3\)"):
         paired(np.ones(3), np.ones((4, 3)))
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mhajax.heads import statistics
-from mhajax.heads.statistics import Tally, difference, estimate, select_and_report
+from mhajax import statistics
+from mhajax.statistics import Tally, difference, estimate, select_and_report
 
 TRIALS = 1000
 NOISE = 3 * np.sqrt(0.05 * 0.95 / TRIALS)  # 2 %: three standard errors of a coverage of 95 %

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.heads.examined import Examined
 from mhajax.heads import importance
-from mhajax.heads.statistics import Tally
+from mhajax.statistics import Tally
 
 
 class Costs(NamedTuple):

@@ -15,9 +15,10 @@ from experiments.heads import costs, measure
 from experiments.heads.costs import Costs
 from experiments.heads.examined import Examined
 from experiments.heads.measure import Asked, Looks
-from mhajax.heads import diversity, matching, significance, statistics
+from mhajax import statistics
+from mhajax.heads import diversity, matching
 from mhajax.heads.matching import Stability
-from mhajax.heads.statistics import Measure, Report, Tally
+from mhajax.statistics import Measure, Report, Tally
 
 ALPHA = 0.05
 
@@ -261,7 +262,7 @@ def _stacked_rules(rules: list[Tally]) -> Tally:
 
 def _some_head(tally: Tally) -> float:
     """p of "there is a head that does better than the baseline", [sentences, L, N]."""
-    return significance.max_statistic(*significance.sign_flips(tally, resamples=1999)).any
+    return statistics.max_statistic(*statistics.sign_flips(tally, resamples=1999)).any
 
 
 def _needed(lost: Mapping[str, Tally]) -> Measure:
@@ -275,7 +276,7 @@ def _needed(lost: Mapping[str, Tally]) -> Measure:
             error = np.sqrt(((total - rate * count) ** 2).sum(0)) / np.maximum(count.sum(0), 1)
             z = np.divide(rate, error, out=np.zeros_like(rate), where=error > 0)
             p.append(stats.norm.sf(z).ravel())
-        shares.append((significance.benjamini_hochberg(np.concatenate(p)) < ALPHA).mean())
+        shares.append((statistics.benjamini_hochberg(np.concatenate(p)) < ALPHA).mean())
     return _of_numbers(shares, 0.0)
 
 

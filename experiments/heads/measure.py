@@ -18,7 +18,7 @@ from jax import Array
 from experiments.heads import gold
 from experiments.heads.examined import Examined
 from mhajax.heads import alignment, diversity, patterns, roles
-from mhajax.heads.statistics import Tally
+from mhajax.statistics import Tally
 
 Tallies = dict[str, dict[str, Tally]]  # kind of attention → measure → [sentences, L, N]
 

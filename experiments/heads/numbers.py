@@ -9,7 +9,7 @@ import numpy as np
 from experiments.heads import roles
 from experiments.heads.examined import Examined
 from experiments.heads.findings import Findings
-from mhajax.heads.statistics import Measure
+from mhajax.statistics import Measure
 
 
 def as_json(model: Examined, found: Findings, seeds: int) -> dict[str, Any]:

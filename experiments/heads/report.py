@@ -17,7 +17,7 @@ from experiments.page import Column, Page
 from mhajax import figures, view
 from mhajax.figures import Drawing
 from mhajax.heads import matching
-from mhajax.heads.statistics import Measure
+from mhajax.statistics import Measure
 
 Drawings = dict[str, Drawing]
 VIEWED = 128  # words of a sentence that the view shows at most; the weights of all heads grow with its square

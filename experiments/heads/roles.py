@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.heads.examined import Examined
 from experiments.heads.findings import Findings
-from mhajax.heads.statistics import Measure
+from mhajax.statistics import Measure
 
 _ENOUGH = 0.25  # of the way from the baseline to 1, for the lower end of the interval
 _WORDS = {

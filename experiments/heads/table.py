@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.heads.examined import Kind
-from mhajax.heads.statistics import Measure
+from mhajax.statistics import Measure
 
 _DECIMALS = {"distance": 1, "entropy": 2}  # of the measures that are not shares
 _FIRST, _SHARE = 30, 13  # columns of a terminal that the first three take, and each share

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from experiments.page.markup import Html, element, join
-from mhajax.heads.statistics import Measure
+from mhajax.statistics import Measure
 
 _MARK = "\N{RING OPERATOR}"
 

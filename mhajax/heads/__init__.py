@@ -10,9 +10,9 @@ surgery        prune, permute, merge, transplant, pool key and value heads
 diversity      how different heads are: disagreement, Jensen–Shannon, CKA
 circuits       what their weights could do: angles, effective rank, composition
 alignment      rollout, norm-weighted attention, links between words and their error rate
-statistics     Tally → Measure: value, interval, baseline; the best head, chosen fairly
-significance   is it more than chance, over seeds and over many heads
 matching       the same head in another seed
+
+What they count is a `statistics.Tally`, of which `mhajax.statistics` makes values with intervals and baselines.
 """
 
 from importlib import import_module
@@ -30,8 +30,6 @@ if TYPE_CHECKING:  # each is imported when it is named, below
         matching,
         patterns,
         roles,
-        significance,
-        statistics,
         surgery,
     )
 
@@ -46,8 +44,6 @@ __all__ = [
     "matching",
     "patterns",
     "roles",
-    "significance",
-    "statistics",
     "surgery",
 ]
 

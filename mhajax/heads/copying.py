@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from jax.typing import ArrayLike
 
-from mhajax.heads.statistics import Tally
+from mhajax.statistics import Tally
 
 
 def by_eigenvalues(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from mhajax.heads.statistics import Tally
+from mhajax.statistics import Tally
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

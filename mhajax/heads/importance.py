@@ -30,7 +30,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from mhajax.heads.statistics import Tally
+from mhajax.statistics import Tally
 
 Loss = Callable[[Any], Array]
 

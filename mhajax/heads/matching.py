@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-from mhajax.heads.statistics import Measure
+from mhajax.statistics import Measure
 
 
 class Matching(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from mhajax.heads.statistics import Tally
+from mhajax.statistics import Tally
 
 OFFSETS = tuple(range(-8, 9))
 

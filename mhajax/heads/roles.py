@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from mhajax.heads.statistics import Tally
+from mhajax.statistics import Tally
 
 Ask = Callable[[ArrayLike, ArrayLike, ArrayLike], Tally]
 

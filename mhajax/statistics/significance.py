@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special, stats
 
-from mhajax.heads.statistics import Tally
+from mhajax.statistics.estimates import Tally
 
 _ALL_FLIPS = 15  # up to so many units every pattern of signs is looked at: 32,768
 
@@ -64,7 +64,7 @@ def paired(a: ArrayLike, b: ArrayLike, *, resamples: int = 9999, seed: int = 0) 
     off = given - np.asarray(b, float)
     if given.ndim == 0 or off.shape != given.shape or len(off) < 2:
         raise ValueError(
-            "significance.paired: a must be [seeds, ...] with at least 2 seeds and b must broadcast to it, got "
+            "statistics.paired: a must be [seeds, ...] with at least 2 seeds and b must broadcast to it, got "
             f"{given.shape} and {np.shape(b)}; put the seeds first."
         )
     seeds, flat = len(off), off.reshape(len(off), -1)
@@ -179,7 +179,7 @@ def max_statistic(values: ArrayLike, null: ArrayLike) -> Maximum:
     values, null = np.asarray(values, float), np.asarray(null, float)
     if null.shape[1:] != values.shape or values.size == 0 or len(null) == 0:
         raise ValueError(
-            f"significance.max_statistic: null must be [samples, ...] with values of the same heads {values.shape}, "
+            f"statistics.max_statistic: null must be [samples, ...] with values of the same heads {values.shape}, "
             f"got {null.shape}; from untrained models, stack one [layers, heads] for each."
         )
     order = np.argsort(values, axis=None)  # the worst head first

@@ -1,0 +1,23 @@
+"""Intervals, paired tests, many hypotheses at once; arrays in, arrays out, and it knows no head.
+
+estimates      Tally → Measure: value, interval, baseline; the best of many, chosen and reported on different units
+significance   is it more than chance: over seeds, over sentences, over many heads at once
+"""
+
+from mhajax.statistics.estimates import Measure, Report, Tally, difference, estimate, select_and_report
+from mhajax.statistics.significance import Maximum, Paired, benjamini_hochberg, max_statistic, paired, sign_flips
+
+__all__ = [
+    "Maximum",
+    "Measure",
+    "Paired",
+    "Report",
+    "Tally",
+    "benjamini_hochberg",
+    "difference",
+    "estimate",
+    "max_statistic",
+    "paired",
+    "select_and_report",
+    "sign_flips",
+]
