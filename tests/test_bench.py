@@ -187,6 +187,7 @@ def test_a_table_fits_in_eighty_columns_and_gives_reasons():
     assert "torch: WRONG: [1] differs" in text
 
 
+@pytest.mark.slow
 def test_json_has_the_promised_keys(capsys):
     asked = ["bench", "attention", "--lengths", "8", "--pass", "forward", "--causal", "yes", "--seconds", "1e-9"]
     assert command_line.main([*asked, "--only", "jax.nn", "--json"]) == 0

@@ -127,7 +127,7 @@ def test_an_overflow_is_an_error_where_it_can_be_seen(lm):
     state = language_model.init_cache((B,), 5, LM)
     with pytest.raises(ValueError, match="6 more tokens must fit, got a cache of capacity 5 that holds 0"):
         language_model.extend(lm, TOKENS[:, :6], state, LM)
-    _, state = extend_lm(lm, TOKENS[:, :4], state, config=LM)
+    state = tuple(cache.Cache(one.k, one.v, jnp.int32(4), one.rolling) for one in state)  # as after four tokens
     with pytest.raises(ValueError, match="2 more tokens must fit, got a cache of capacity 5 that holds 4"):
         language_model.extend(lm, TOKENS[:, :2], state, LM)
     with pytest.raises(ValueError, match="6 more tokens must fit"):  # more than could ever fit, compiled or not

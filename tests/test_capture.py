@@ -33,7 +33,7 @@ def chosen(name: str, whole: Any, heads: Any, rows: Any) -> Any:
 CHOSEN = [(None, None), ((3, 0), (28, 2, 0, 5)), ((1,), None)]
 
 
-@pytest.mark.parametrize("kernel", ["blockwise", "dense"])
+@pytest.mark.parametrize("kernel", tiered(["blockwise", "dense"], "blockwise"))
 @pytest.mark.parametrize(("heads", "rows"), tiered(CHOSEN, CHOSEN[1]))
 def test_what_is_chosen_is_what_is_computed_by_hand(kernel, heads, rows):
     out, seen = look(PARAMS, X, kernel=kernel, capture=Capture(NAMES, heads=heads, rows=rows), **GIVEN)

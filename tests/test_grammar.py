@@ -333,6 +333,7 @@ def skeleton(side: Side) -> tuple[str, ...]:
     return tuple(map(role, side.words, side.tags))
 
 
+@pytest.mark.slow
 def test_german_order_and_gold_are_a_function_of_the_english_words():
     """Nothing may depend on a choice that the source does not show, such as what a phrase belongs to."""
     rng, seen, repeated = random.Random(9), {}, 0

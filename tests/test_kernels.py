@@ -415,6 +415,7 @@ def test_the_memory_of_the_dense_path_does_not():
     assert memory[1] > 3 * memory[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COSTS)
 def test_the_program_does_not_grow_with_length(name):
     short, long = (len(lowered(t, **COSTS[name]).as_text().splitlines()) for t in (8192, 32768))

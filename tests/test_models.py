@@ -328,6 +328,7 @@ def test_feed_forward(activation):
     close(mlp.apply(params, x, config), bend[activation](before) @ params.w_out + params.b_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["rms", "layer", "gelu", "swiglu"])
 def test_norm_and_feed_forward_have_the_derivative_of_their_value(part):
     """Both modes against central differences in float64: some of their derivatives are written by hand."""

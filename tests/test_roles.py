@@ -47,6 +47,7 @@ def test_repeated_tokens():
     assert roles.repeated_tokens(jax.random.key(1), 7, length=5, repeats=2).shape == (1, 10)
 
 
+@pytest.mark.slow
 def test_the_induction_circuit_is_what_it_was_built_to_be(seen):
     weights, tokens, visible, logits = seen
     prefix, chance = share(roles.induction(weights, visible, tokens[:, None]))
