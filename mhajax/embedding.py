@@ -57,7 +57,9 @@ def embed(table: Array, tokens: Array, positions: Array, kind: Positions) -> Arr
 def logits(table: Array, features: Array) -> Array:
     """Similarity of features [..., D] to every row of the table: float32 [..., V]."""
     table = table.astype(features.dtype)
-    if math.prod(features.shape[:-1]) == 1:  # the next token of one text: XLA on CPU is six times as slow the other way
+    if (
+        math.prod(features.shape[:-1]) == 1
+    ):  # the next token of one text: XLA on CPU is several times as slow the other way
         return precision.einsum("vd,d->v", table, features.reshape(-1)).reshape(*features.shape[:-1], -1)
     return precision.einsum("...d,vd->...v", features, table)
 

@@ -344,7 +344,6 @@ def on_the_ring(*names):
     return run("ring_results", *names, **eight)
 
 
-@pytest.mark.slow
 def test_the_ring_equals_dense_forward_and_backward():
     """And only outside of `shard_map` the compiler may partition."""
     name = "causal, segments, lengths"

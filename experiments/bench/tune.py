@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,8 +77,11 @@ def command(arguments: list[str]) -> int:
         raise UserError(f"bench tune --seconds must be above 0, got {options.seconds}.")
     if jax.default_backend() != "cpu":
         raise UserError(f"bench tune: these numbers are for CPUs, this is {jax.default_backend()}; nothing to measure.")
+    new = not Path(options.file).exists()
     try:
         open(options.file, "a", encoding="utf-8").close()  # before minutes are spent
+        if new:  # nothing stays of it if these minutes are interrupted
+            Path(options.file).unlink()
     except OSError as error:
         raise UserError(f"bench tune: {options.file} cannot be written: {error.strerror}.") from None
     console = Console()
