@@ -162,7 +162,7 @@ def lm():
     return random_params(language_model.init_params, LM)
 
 
-@pytest.mark.parametrize("layers", tiered([(4, 0, 1), (2,)], (4, 0, 1)))
+@pytest.mark.parametrize("layers", tiered([[4, 0, 1], [2]], [4, 0, 1]))
 def test_layers_are_chosen_and_the_others_stay_as_they_are(lm, layers):
     run = jax.jit(partial(language_model.apply_captured, config=LM), static_argnames="capture")
     names = ("weights", "heads", "entropy")

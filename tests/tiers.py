@@ -16,4 +16,7 @@ def tiered(cases: Iterable[Any], *always: Any) -> list[Any]:
 
 
 def _slow(case: Any) -> Any:
+    """A tuple is the arguments of a test with several; of a test with one, the case is that argument, never a tuple."""
+    if isinstance(case, tuple) and len(case) == 1:
+        raise ValueError(f"tiered: a case of a test with one argument is that argument, got {case}; write a list")
     return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
