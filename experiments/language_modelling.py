@@ -132,12 +132,17 @@ def _vocabulary(config: LanguageModelling, corpus: corpora.TextCorpus, folder: P
     return vocabulary.load_or_train(folder / VOCABULARY, [corpus.train], config.vocabulary)
 
 
+def _table(params: Any) -> jax.Array:
+    """What features are compared with for the logits, as `language_model.Params.table`."""
+    return params.get("output", params["embedding"]["tokens"])
+
+
 def _loss(model: linen.LanguageModel, label_smoothing: float, params, tokens, key):
     features: Any = model.apply(
         {"params": params}, tokens[:, :-1], deterministic=False, rngs={"dropout": key}, method="features"
     )
     sums = losses.linear_cross_entropy(
-        features, params["embedding"], tokens[:, 1:], label_smoothing=label_smoothing, chunk=1024
+        features, _table(params), tokens[:, 1:], label_smoothing=label_smoothing, chunk=1024
     )
     return sums.loss / sums.weight, {"accuracy": sums.correct / sums.weight, "weight": sums.weight}
 
@@ -149,7 +154,7 @@ def _validation_loss(config: LanguageModelling, model: linen.LanguageModel, toke
     def sums(params, batch):
         features: Any = model.apply({"params": params}, batch.tokens[:, :-1], method="features")
         real = jnp.arange(features.shape[1]) < batch.lengths[:, None]
-        return losses.linear_cross_entropy(features, params["embedding"], batch.tokens[:, 1:], real, chunk=1024)
+        return losses.linear_cross_entropy(features, _table(params), batch.tokens[:, 1:], real, chunk=1024)
 
     def mean(params: Any) -> float:
         size, length = config.batches.size, config.batches.length

@@ -216,7 +216,7 @@ def _loss(model: linen.Translator, label_smoothing: float, params, batch: batche
         {"params": params}, batch.source, batch.target[:, :-1],
         source_lengths=batch.source_lengths, deterministic=False, rngs={"dropout": key}, method="features",
     )  # fmt: skip
-    sums = _token_sums(features, params["embedding"], batch, label_smoothing)
+    sums = _token_sums(features, params["embedding"]["tokens"], batch, label_smoothing)
     return sums.loss / sums.weight, {"accuracy": sums.correct / sums.weight, "weight": sums.weight}
 
 
@@ -234,7 +234,7 @@ def _validation_loss(config: Translation, model: linen.Translator) -> Callable[[
             {"params": params}, batch.source, batch.target[:, :-1],
             source_lengths=batch.source_lengths, method="features",
         )  # fmt: skip
-        return _token_sums(features, params["embedding"], batch, 0.0)
+        return _token_sums(features, params["embedding"]["tokens"], batch, 0.0)
 
     def mean(params: Any, pairs: Sequence) -> tuple[float, float]:
         rows = _rows(config.decoding.batch, len(pairs))

@@ -11,12 +11,13 @@ A map of the package:
     scores          what happens to a logit before the softmax: ALiBi, T5 and relative biases, soft cap, your own
     positions       rotary and its scalings, sinusoids: functions handed to attention or added to embeddings
     kernels         softmax(q kᵀ) v for given q, k, v: `attend`, and `explain`, which says how it is computed here
+    attentions      `PerAttention`: gates, changes and captures by the names of a model's attentions
     interventions   what is changed in heads (ablations, patches, cut edges), and what of them is looked at
     cache           keys and values already seen
     variants        QK norm, gated output, sinks, differential, talking heads, sigmoid
     convert         parameters from and to Flax, Haiku, Equinox and torch
     drop_in         `jax.nn.dot_product_attention`, by our kernels
-    norm, mlp, block, transformer, embedding, language_model, translator
+    norm, mlp, block, transformer, embedding, language_model, encoder, translator
                     the models, each with Config, Params, init_params, apply
     decoding        greedy, sampling and beam search
     linen, nnx      Flax modules over the same functions
@@ -44,12 +45,14 @@ from typing import TYPE_CHECKING, Any
 
 from mhajax import (
     attention,
+    attentions,
     block,
     cache,
     convert,
     decoding,
     drop_in,
     embedding,
+    encoder,
     interventions,
     kernels,
     language_model,
@@ -66,6 +69,7 @@ from mhajax import (
 from mhajax.attention import Config as AttentionConfig
 from mhajax.attention import Params as AttentionParams
 from mhajax.attention import apply, apply_captured, init_params
+from mhajax.attentions import PerAttention
 from mhajax.version import __version__
 
 if TYPE_CHECKING:  # the others are imported when they are named, below
@@ -87,10 +91,12 @@ __all__ = [
     "__version__",
     "AttentionConfig",
     "AttentionParams",
+    "PerAttention",
     "accumulation",
     "apply",
     "apply_captured",
     "attention",
+    "attentions",
     "block",
     "cache",
     "checkpoints",
@@ -98,6 +104,7 @@ __all__ = [
     "decoding",
     "drop_in",
     "embedding",
+    "encoder",
     "figures",
     "heads",
     "init_params",

@@ -159,6 +159,21 @@ def booleans(config: Any, *names: str) -> None:
             raise TypeError(f"{name} must be True or False, got {kind_of(given)}.")
 
 
+def positive(config: Any, *names: str) -> None:
+    """Raise unless these fields of a config are finite numbers above 0.
+
+    Raises:
+      TypeError: for what is no number.
+      ValueError: for what is not above 0, or not finite.
+    """
+    for name in names:
+        given = getattr(config, name)
+        if isinstance(given, bool) or not isinstance(given, int | float | np.integer | np.floating):
+            raise TypeError(f"{name} must be a number, got {kind_of(given)}.")
+        if not 0 < given < float("inf"):
+            raise ValueError(f"{name} must be above 0 and finite, got {given}.")
+
+
 def below(who: str, name: str, given: Any, size: int, what: str) -> None:
     """Raise a ValueError if an index is known not to be in 0 … size - 1; nothing is counted from the end.
 

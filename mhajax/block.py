@@ -1,49 +1,62 @@
-"""One layer: attention, attention to a memory if there is one, feed-forward; each normalised before, added after.
+"""One layer: attention, attention to a memory if there is one, feed-forward; each normalised and added to x.
+
+Where the normalisation stands is the config's, `placement`:
+
+    pre        x + part(norm(x))
+    post       norm(x + part(x))
+    parallel   x + attention(norm(x)) + feed-forward(another norm(x))
 
 References:
-  Vaswani et al. 2017, section 3.1, with the normalisation before each part as in Xiong et al. 2020, "On Layer
-  Normalization in the Transformer Architecture".
+  post: Vaswani et al. 2017, section 3.1. pre: Xiong et al. 2020, "On Layer Normalization in the Transformer
+  Architecture". parallel: Wang & Komatsuzaki 2021, "GPT-J-6B"; Black et al. 2022, "GPT-NeoX-20B", section 2.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypedDict, Unpack, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, get_args
 
 import jax
 from jax import Array
 from jax.typing import ArrayLike
 
 from mhajax import arguments, attention, mlp, norm
+from mhajax import attentions as per_attention
 from mhajax import cache as caches
 from mhajax.attention import KeysValues
+from mhajax.attentions import PerAttention
 from mhajax.cache import Cache
 from mhajax.dropout import check_rate, dropout
 from mhajax.interventions import Capture, Intervention, as_capture
 from mhajax.masks import Mask
 
+Placement = Literal["pre", "post", "parallel"]
+NAMES = ("attention", "cross")  # of the attentions of a layer: to x, and to a memory
+Captures = Sequence[str] | Capture | Mapping[str, Sequence[str] | Capture]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config(attention.Config, mlp.Config):
+class Config(attention.Config, mlp.Config, norm.Config):
     """A layer: an attention's shape and a feed-forward network's, and what joins them.
 
     Attributes:
-      norm: "rms" or "layer".
-      dropout: share of each part's output that is dropped before it is added.
-      attention_dropout: share of the attention weights that is dropped.
+      placement: where x is normalised, "pre", "post" or "parallel".
+      dropout: rate at which each part's output is dropped before it is added.
+      attention_dropout: rate at which attention weights are dropped.
     """
 
-    norm: norm.Kind = "rms"
+    placement: Placement = "pre"
     dropout: float = 0.0
     attention_dropout: float = 0.0
 
     def __post_init__(self):
         attention.Config.__post_init__(self)
         mlp.Config.__post_init__(self)
-        if self.norm not in get_args(norm.Kind):
-            raise ValueError(f"norm must be one of {', '.join(get_args(norm.Kind))}, got {self.norm!r}.")
+        norm.Config.__post_init__(self)
+        if self.placement not in get_args(Placement):
+            raise ValueError(f"placement must be one of {', '.join(get_args(Placement))}, got {self.placement!r}.")
         check_rate("block.Config", "dropout", self.dropout)
         check_rate("block.Config", "attention_dropout", self.attention_dropout)
 
@@ -59,33 +72,13 @@ class Params(NamedTuple):
     mlp: mlp.Params
 
 
-class Interventions(NamedTuple):
-    """What is changed in the two attentions; in a stack every leaf has a leading L, or no axes at all."""
-
-    attention: Intervention = Intervention()
-    cross: Intervention = Intervention()
-
-
-class Captures(NamedTuple):
-    """What is looked at in the two attentions."""
-
-    attention: Sequence[str] | Capture = ()
-    cross: Sequence[str] | Capture = ()
-
-
-class Gates(NamedTuple):
-    """A factor for every head's output: [N], [..., N] or [..., N, T], None for 1. The short form of `Interventions`."""
-
-    attention: Array | None = None
-    cross: Array | None = None
-
-
 class CommonOptions(TypedDict, total=False):
     """The keywords of a layer that those of a stack and of a language model are too; what they are, `run` says."""
 
     mask: Mask | ArrayLike | None
-    gates: Gates
-    interventions: Interventions
+    score: Callable[[Any, Any, Any, Any], Any] | None
+    gates: Mapping[str, ArrayLike | None] | None
+    interventions: Mapping[str, Intervention] | None
     kernel: str
     dropout_key: Array | None
 
@@ -100,18 +93,11 @@ class Options(CommonOptions, total=False):
     real: Array | None
 
 
-class Seen(NamedTuple):
-    """What was captured in the two attentions."""
-
-    attention: dict[str, Array]
-    cross: dict[str, Array]
-
-
 def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
     """Parameters of a layer; `cross` adds attention to a memory."""
     arguments.init("block.init_params", key, config, Config)
     key_attention, key_cross, key_mlp = jax.random.split(key, 3)
-    new_norm = partial(norm.init_params, config.d_model, config.norm)
+    new_norm = partial(norm.init_params, None, config)
     return Params(
         new_norm(),
         attention.init_params(key_attention, config),
@@ -149,16 +135,17 @@ def run(
     memory: Array | KeysValues | None = None,
     mask: Mask | ArrayLike | None = None,
     memory_mask: Mask | ArrayLike | None = None,
+    score: Callable[[Any, Any, Any, Any], Any] | None = None,
     positions: Array | None = None,
     rotate: Callable[[Array, Array], Array] | None = None,
-    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
-    interventions: Interventions = Interventions(),  # noqa: B008
+    gates: Mapping[str, ArrayLike | None] | None = None,
+    interventions: Mapping[str, Intervention] | None = None,
     cache: Cache | None = None,
     real: Array | None = None,
-    capture: Sequence[str] | Capture | Captures = (),
+    capture: Captures = (),
     kernel: str = "auto",
     dropout_key: Array | None = None,
-) -> tuple[Array, Cache | None, Seen]:
+) -> tuple[Array, Cache | None, PerAttention[dict[str, Array]]]:
     """One layer, with its new cache and what was captured.
 
     Args:
@@ -168,22 +155,28 @@ def run(
       memory: [..., S, D], or its keys and values; needs parameters with cross attention.
       mask: for the attention to x (and to the cache).
       memory_mask: for the attention to the memory.
+      score: of the attention to x, as in `attention.apply`.
       positions: [T] or [..., T].
       rotate: for queries and keys of the attention to x; a memory is not rotated.
-      gates: factors of the heads' outputs.
-      interventions: what else is changed in the heads.
+      gates: `PerAttention` of factors of the heads' outputs, [N], [..., N] or [..., N, T]; attention and cross.
+      interventions: `PerAttention` of what else is changed in the heads.
       cache: keys and values of earlier tokens; x is appended and attends to all of it. It knows the positions.
       real: bool [..., T], False for padding: "column_sums" do not count it, and a cache does not keep it, as in
         `cache.extend`. It masks nothing. None: as in `attention.apply`.
-      capture: names of `attention.CAPTURES`, or a Capture, of both attentions; or `Captures`.
+      capture: names of `attention.CAPTURES`, or a Capture, of both attentions; or a `PerAttention` of them.
       kernel: of both attentions, as in `attention.apply`.
       dropout_key: PRNG key; None is evaluation.
 
     Returns:
-      [..., T, D], the cache with x appended (None without a cache), and the captured arrays.
+      [..., T, D], the cache with x appended (None without a cache), and the captured arrays of each attention.
+
+    Raises:
+      TypeError, ValueError: for gates, interventions and captures that do not say for which attention they are, or for
+        one that is not there; for a memory without cross attention, or the reverse; else as `attention.apply`.
     """
     arguments.order("block.apply(params, x, config)", params, config, Params, Config, x=x)
-    check_changes("block.apply", gates, interventions)
+    names = tuple(attentions(params))
+    gates, interventions = changes("block.apply", gates, interventions, names)
     if (memory is None) != (params.cross is None):
         raise ValueError(
             f"block.apply: memory is {'missing' if memory is None else 'given'}, but params have "
@@ -193,48 +186,93 @@ def run(
         raise ValueError(
             "block.apply: positions are for calls without a cache, which has its own; got positions and a cache."
         )
-    captures = as_captures(capture)
+    captures = captured("block.apply", capture, names)
     if dropout_key is not None:
         arguments.key("block.apply", dropout_key, "dropout_key")
     keys = [None] * 5 if dropout_key is None else jax.random.split(dropout_key, 5)
-    weights_rate = 0.0 if dropout_key is None else config.attention_dropout
-
-    y = norm.apply(params.attention_norm, x)
-    given: dict[str, Any] = {
-        "mask": mask, "rotate": rotate, "gates": gates.attention,
-        "intervention": interventions.attention, "kernel": kernel,
-        "dropout_rate": weights_rate, "dropout_key": keys[0], "capture": captures.attention,
+    common: dict[str, Any] = {
+        "dropout_rate": 0.0 if dropout_key is None else config.attention_dropout, "kernel": kernel, "real": real,
     }  # fmt: skip
+    part = "attention"
+    given: dict[str, Any] = {
+        **common, "mask": mask, "score": score, "rotate": rotate, "gates": gates.get(part),
+        "intervention": interventions.get(part, Intervention()), "dropout_key": keys[0], "capture": captures[part],
+    }  # fmt: skip
+    y = before(params.attention_norm, x, config)
     if cache is None:
-        y, seen = attention.apply_captured(params.attention, y, config, positions=positions, real=real, **given)
+        y, seen = attention.apply_captured(params.attention, y, config, positions=positions, **given)
     else:
-        y, cache, seen = caches.extend(params.attention, y, cache, config, real=real, **given)
-    x = x + dropout(y, config.dropout, keys[1])
+        y, cache, seen = caches.extend(params.attention, y, cache, config, **given)
+    found = {part: seen}
+    residual, x = x, after(params.attention_norm, x, dropout(y, config.dropout, keys[1]), config)
 
-    seen_across = {}
     if params.cross is not None and params.cross_norm is not None and memory is not None:
-        if not isinstance(memory, KeysValues):
-            memory = attention.keys_values(params.cross, memory, config, masked=memory_mask is not None)
-        y, seen_across = attention.apply_to(
-            params.cross, norm.apply(params.cross_norm, x), memory, config,
-            mask=memory_mask, gates=gates.cross, intervention=interventions.cross, kernel=kernel,
-            dropout_rate=weights_rate, dropout_key=keys[2], capture=captures.cross, real=real,
+        part = "cross"
+        y, found[part] = attend_across(
+            params, x, memory, config, memory_mask=memory_mask, gates=gates.get(part),
+            intervention=interventions.get(part, Intervention()), dropout_key=keys[2], capture=captures[part], **common,
         )  # fmt: skip
-        x = x + dropout(y, config.dropout, keys[3])
-
-    y = mlp.apply(params.mlp, norm.apply(params.mlp_norm, x), config)
-    return x + dropout(y, config.dropout, keys[4]), cache, Seen(seen, seen_across)
+        residual, x = x, after(params.cross_norm, x, dropout(y, config.dropout, keys[3]), config)
+    return feed_forward(params, residual, x, config, keys[4]), cache, PerAttention(**found)
 
 
-def check_changes(who: str, gates: Any, interventions: Any) -> None:
-    """Raise a TypeError unless gates and interventions say which attention they are for."""
-    arguments.instance(who, "gates", gates, Gates, "block.Gates(attention=…)")
-    write = "block.Interventions(attention=…)"
-    arguments.instance(who, "interventions", interventions, Interventions, write)
+def before(params: norm.Params, x: Array, config: Config) -> Array:
+    """What a part of a layer is computed from, given x."""
+    return x if config.placement == "post" else norm.apply(params, x, config)
 
 
-def as_captures(given: Sequence[str] | Capture | Captures) -> Captures:
-    """What is looked at in either attention: the same in both, unless it says which."""
-    if isinstance(given, Captures):
-        return Captures(*map(as_capture, given))
-    return Captures(as_capture(given), as_capture(given))
+def after(params: norm.Params, x: Array, y: Array, config: Config) -> Array:
+    """x with the output y of a part whose normalisation this is."""
+    return norm.apply(params, x + y, config) if config.placement == "post" else x + y
+
+
+def attend_across(
+    params: Params, x: Array, memory: Array | KeysValues, config: Config, *, memory_mask: Mask | ArrayLike | None,
+    **options: Any,
+) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+    """Attention of x to the memory, before it is added to x, and what was captured; options of `attention.apply_to`."""
+    assert params.cross is not None and params.cross_norm is not None
+    if not isinstance(memory, KeysValues):
+        memory = attention.keys_values(params.cross, memory, config, masked=memory_mask is not None)
+    x = before(params.cross_norm, x, config)
+    return attention.apply_to(params.cross, x, memory, config, mask=memory_mask, **options)
+
+
+def feed_forward(params: Params, residual: Array, x: Array, config: Config, dropout_key: Array | None = None) -> Array:
+    """The last part of a layer: x with the output of the feed-forward network.
+
+    Args:
+      residual: what x was before the last attention, which is what the network is given if it is parallel to that.
+      params, x, config, dropout_key: as in `run`.
+    """
+    given = before(params.mlp_norm, residual if config.placement == "parallel" else x, config)
+    y = mlp.apply(params.mlp, given, config)
+    return after(params.mlp_norm, x, dropout(y, config.dropout, dropout_key), config)
+
+
+def changes(
+    who: str, gates: Any, interventions: Any, names: Sequence[str]
+) -> tuple[Mapping[str, Any], Mapping[str, Intervention]]:
+    """What is changed in attentions of these names; nothing in those that are left out.
+
+    Raises:
+      TypeError, ValueError: unless gates and interventions say for which attention they are, and it is there.
+    """
+    per_attention.check(who, "gates", gates, names)
+    per_attention.check(who, "interventions", interventions, names)
+    for name, one in ({} if interventions is None else interventions).items():
+        write = "a function of mhajax.interventions, such as zero(…)"
+        arguments.instance(who, f"interventions.{name}", one, Intervention, write)
+    return {} if gates is None else gates, {} if interventions is None else interventions
+
+
+def captured(who: str, given: Captures, names: Sequence[str]) -> PerAttention[Capture]:
+    """What is captured of attentions of these names: the same of all, unless it says which.
+
+    Raises:
+      TypeError, ValueError: for an attention that is not there; else as `interventions.Capture`.
+    """
+    if not isinstance(given, Mapping):
+        return PerAttention(**dict.fromkeys(names, as_capture(given)))
+    per_attention.check(who, "capture", given, names)
+    return PerAttention(**{name: as_capture(given.get(name, ())) for name in names})

@@ -2,46 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
-from mhajax import arguments, attention, embedding, masks, transformer
+from mhajax import arguments, attention, block, embedding, masks, transformer
 from mhajax import cache as caches
-from mhajax.block import Captures, CommonOptions, Seen
+from mhajax.attentions import PerAttention
+from mhajax.block import Captures, CommonOptions
 from mhajax.dropout import dropout
-from mhajax.interventions import Capture
-from mhajax.transformer import Caches
+from mhajax.masks import Mask
+from mhajax.transformer import Caches, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(transformer.Config):
-    """A stack of layers, and the words it is about.
+class Config(transformer.Config, embedding.Config):
+    """A stack of layers, and the tokens that it is about.
 
     Attributes:
-      vocab_size: V. An experiment fills it in from its data.
-      positions: "rotary" (in every attention), "sinusoidal" (added to the embedding) or "none" (causality alone).
+      window: a token attends to this many tokens before it and to itself (Mistral's sliding window is window + 1).
+        None: to all.
+      tied: the table of the tokens also gives the logits; else there is another for them.
     """
 
-    vocab_size: int | None = None
-    positions: embedding.Positions = "rotary"
+    window: int | None = None
+    tied: bool = True
 
     def __post_init__(self):
         transformer.Config.__post_init__(self)
-        arguments.integers(self, "vocab_size", optional=True)
-        embedding.check_kind(self.positions)
-        embedding.check_width(self.positions, self.width)
+        embedding.Config.__post_init__(self)
+        arguments.integers(self, "window", optional=True)
+        arguments.booleans(self, "tied")
+        embedding.check_width(self, self.width)
+        if self.tied and self.token_width != self.d_model:
+            raise ValueError(
+                f"tied must be False for tokens of another width than the model, got embedding_width="
+                f"{self.embedding_width} and d_model={self.d_model}."
+            )
 
 
 class Params(NamedTuple):
-    """The table of embeddings, which also gives the logits, and the layers."""
+    """The vectors of tokens, which also give the logits unless there is a table of their own, and the layers."""
 
-    embedding: Array  # [V, D]
+    embedding: embedding.Params
     stack: transformer.Params
+    output: Array | None = None  # [V, D]
+
+    @property
+    def table(self) -> Array:
+        """What features are compared with for the logits, [V, D]."""
+        return self.embedding.tokens if self.output is None else self.output
+
+
+NAMES = ("attention",)
 
 
 class Options(CommonOptions, total=False):
@@ -61,9 +79,11 @@ def init_params(key: Array, config: Config) -> Params:
     if config.vocab_size is None:
         raise ValueError("language_model.init_params: config.vocab_size must be a number, got None; set it.")
     key_embedding, key_stack = jax.random.split(key)
+    size = (config.vocab_size, config.d_model)
     return Params(
-        embedding.init_params(key_embedding, config.vocab_size, config.d_model),
+        embedding.init_params(key_embedding, config),
         transformer.init_params(key_stack, config),
+        None if config.tied else jax.random.normal(jax.random.fold_in(key, 2), size) * config.d_model**-0.5,
     )
 
 
@@ -88,8 +108,9 @@ def apply(params: Params, tokens: Array, config: Config, **options: Unpack[Optio
       config: the shape; static under jit.
       mask: a Mask, or booleans, as in `attention.apply`, combined with the causal one.
       positions: integers [T] or [..., T]; 0, 1, 2, … if None.
-      gates: of `block.Gates`, [L, N] or [L, ..., N].
-      interventions: of `block.Interventions`, every leaf [L, ...].
+      score: as in `attention.apply`, of all layers.
+      gates: `PerAttention(attention=…)`, [L, N] or [L, ..., N].
+      interventions: `PerAttention(attention=…)`, every leaf [L, ...].
       kernel: as in `attention.apply`.
       dropout_key: PRNG key; None is evaluation.
 
@@ -105,7 +126,7 @@ def apply(params: Params, tokens: Array, config: Config, **options: Unpack[Optio
     }
     arguments.named("language_model.apply", options, Options, **instead)
     x = features(params, tokens, config, **options)
-    return embedding.logits(params.embedding, x)
+    return embedding.logits(params.table, x)
 
 
 @arguments.shown
@@ -114,10 +135,10 @@ def apply_captured(
     tokens: Array,
     config: Config,
     *,
-    capture: Sequence[str] | Capture | Captures = ("weights",),
+    capture: Captures = ("weights",),
     real: Array | None = None,
     **options: Unpack[Options],
-) -> tuple[Array, Seen]:
+) -> tuple[Array, PerAttention[dict[str, Array]]]:
     """`apply`, and the arrays named in `attention.CAPTURES`, [L, ..., N, …].
 
     Args:
@@ -128,7 +149,7 @@ def apply_captured(
     """
     arguments.named("language_model.apply_captured", options, Options)
     x, _, seen = run(params, tokens, config, capture=capture, real=real, **options)
-    return embedding.logits(params.embedding, x), seen
+    return embedding.logits(params.table, x), seen
 
 
 @arguments.shown
@@ -176,14 +197,14 @@ def extend(
       cache: from `init_cache`, or of the last call. More tokens than it has room for give NaN under jit; whether that
         has happened, `cache.overflowed` of the new cache says.
       real: bool [..., t], False for padding, as in `cache.extend`: prompts of different lengths, rows that stand still.
-      mask, gates, interventions, kernel, dropout_key: as in `apply`.
+      mask, score, gates, interventions, kernel, dropout_key: as in `apply`.
 
     Raises:
       ValueError: if the tokens do not fit and the lengths are known, as `cache.extend`.
     """
     arguments.named("language_model.extend", options, CommonOptions, positions="leave it out: the cache knows them")
     x, cache, _ = run(params, tokens, config, cache=cache, real=real, **options)
-    return embedding.logits(params.embedding, x), cache
+    return embedding.logits(params.table, x), cache
 
 
 @arguments.shown
@@ -194,26 +215,44 @@ def run(
     *,
     cache: Caches | None = None,
     real: Array | None = None,
-    capture: Sequence[str] | Capture | Captures = (),
+    capture: Captures = (),
     **options: Unpack[Options],
-) -> tuple[Array, Any, Seen]:
+) -> tuple[Array, Any, PerAttention[dict[str, Array]]]:
     """Features, cache and captured arrays; `apply`, `apply_captured`, `features` and `extend` are views of it."""
     arguments.named("language_model.run", options, Options)
     call = "language_model.apply(params, tokens, config)"
     arguments.order(call, params, config, Params, Config, tokens=tokens)
-    mask, positions = masks.as_mask(options.get("mask"), "language_model.apply"), options.get("positions")
-    dropout_key = options.get("dropout_key")
+    rest: Any = dict(options)
+    gates, interventions = rest.pop("gates", None), rest.pop("interventions", None)
+    block.changes("language_model.apply", gates, interventions, NAMES)
+    dropout_key, kernel = rest.pop("dropout_key", None), rest.pop("kernel", "auto")
     if dropout_key is not None:
         arguments.key("language_model.apply", dropout_key, "dropout_key")
     key_embedding, key_stack = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     if cache is not None:
         places = caches.positions(cache[0], tokens.shape[-1], real)
+        (stage,) = stages(params, tokens, config, **{**rest, "positions": places})
+        stage.options["positions"] = options.get("positions")  # the layers' caches know them, and refuse others
     else:
-        places = positions = jnp.arange(tokens.shape[-1]) if positions is None else positions
-    x = dropout(embedding.embed(params.embedding, tokens, places, config.positions), config.dropout, key_embedding)
-    causal = masks.causal()
-    own: Options = {
-        **options, "mask": causal if mask is None else causal & mask, "positions": positions, "dropout_key": key_stack,
-    }  # fmt: skip
-    rotate = embedding.rotation(config.positions)
-    return transformer.run(params.stack, x, config, rotate=rotate, cache=cache, real=real, capture=capture, **own)
+        (stage,) = stages(params, tokens, config, **rest)
+    stage = stage._replace(x=dropout(stage.x, config.dropout, key_embedding))
+    x, cache, seen = transformer.run_stage(
+        stage, (), gates=gates, interventions=interventions, capture=capture, cache=cache, real=real, kernel=kernel,
+        dropout_key=key_stack,
+    )  # fmt: skip
+    return x, cache, PerAttention(**seen)
+
+
+def stages(
+    params: Params, tokens: Array, config: Config, *, mask: Mask | ArrayLike | None = None,
+    score: Callable[[Any, Any, Any, Any], Any] | None = None, positions: Array | None = None,
+) -> tuple[Stage]:  # fmt: skip
+    """The one stack of the model, as it is run on these tokens. Arguments as in `apply`."""
+    given = masks.as_mask(mask, "language_model.apply")
+    own = masks.causal() if config.window is None else masks.causal() & masks.window(config.window)
+    positions = jnp.arange(tokens.shape[-1]) if positions is None else positions
+    options = {
+        "mask": own if given is None else own & given, "positions": positions, "rotate": embedding.rotation(config),
+    } | ({} if score is None else {"score": score})  # fmt: skip
+    x = embedding.apply(params.embedding, tokens, config, positions=positions)
+    return (Stage(params.stack, config, x, options, {name: name for name in NAMES}),)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,7 +13,12 @@ from jax import Array
 
 from mhajax import arguments
 
-_ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swiglu": jax.nn.silu}
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "geglu_tanh", "swiglu"]
+
+_EXACT_GELU = partial(jax.nn.gelu, approximate=False)
+_PLAIN = {"relu": jax.nn.relu, "gelu": _EXACT_GELU, "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu}
+_GATED = {"reglu": jax.nn.relu, "geglu": _EXACT_GELU, "geglu_tanh": jax.nn.gelu, "swiglu": jax.nn.silu}
+_ACTIVATIONS = _PLAIN | _GATED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +28,20 @@ class Config:
     Attributes:
       d_model: D, width of input and output.
       d_ff: width of the hidden layer. None: 4 D.
-      activation: "relu", "gelu", or "swiglu", which multiplies silu of one projection by a second one.
+      activation: "relu", "gelu" (by the error function), "gelu_tanh" (its usual approximation), "silu"; or "reglu",
+        "geglu", "geglu_tanh", "swiglu", which multiply that of one projection by a second one.
+      mlp_bias: add a bias after the first and the last projection.
     """
 
     d_model: int
     d_ff: int | None = None
-    activation: Literal["relu", "gelu", "swiglu"] = "gelu"
+    activation: Activation = "gelu_tanh"
+    mlp_bias: bool = True
 
     def __post_init__(self):
         arguments.integers(self, "d_model")
         arguments.integers(self, "d_ff", optional=True)
+        arguments.booleans(self, "mlp_bias")
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}.")
 
@@ -41,26 +52,31 @@ class Config:
 
 
 class Params(NamedTuple):
-    """Weights and biases; w_gate only for a gated activation."""
+    """Weights and biases; w_gate only for a gated activation, biases only with `mlp_bias`."""
 
     w_in: Array  # [D, F]
-    b_in: Array  # [F]
+    b_in: Array | None  # [F]
     w_out: Array  # [F, D]
-    b_out: Array  # [D]
+    b_out: Array | None  # [D]
     w_gate: Array | None = None  # [D, F]
+
+
+def activation(name: Activation) -> Callable[[Array], Array]:
+    """The function of one channel; of a gated one that which is multiplied."""
+    return _ACTIVATIONS[name]
 
 
 def init_params(key: Array, config: Config) -> Params:
     """Normal weights of variance 1/fan_in, zero biases."""
     arguments.init("mlp.init_params", key, config, Config)
     d, f = config.d_model, config.hidden
-    keys = jax.random.split(key, 3)[: 3 if config.activation == "swiglu" else 2]
+    keys = jax.random.split(key, 3)[: 3 if config.activation in _GATED else 2]
     w_in, w_out, *w_gate = jax.vmap(lambda key: jax.random.normal(key, (d * f,)))(keys)  # one program for all
     return Params(
         w_in.reshape(d, f) * d**-0.5,
-        jnp.zeros(f),
+        jnp.zeros(f) if config.mlp_bias else None,
         w_out.reshape(f, d) * f**-0.5,
-        jnp.zeros(d),
+        jnp.zeros(d) if config.mlp_bias else None,
         w_gate[0].reshape(d, f) * d**-0.5 if w_gate else None,
     )
 
@@ -73,11 +89,13 @@ def apply(params: Params, x: Array, config: Config) -> Array:
     """
     arguments.order("mlp.apply(params, x, config)", params, config, Params, Config, x=x)
     params = jax.tree.map(lambda w: w.astype(x.dtype), params)
-    activation = jax.checkpoint(_ACTIVATIONS[config.activation])  # its steps are cheaper to do again than to keep
-    hidden = activation(_widen(x, params.w_in) + params.b_in)
+    bent = jax.checkpoint(activation(config.activation))  # its steps are cheaper to do again than to keep
+    wide = _widen(x, params.w_in)
+    hidden = bent(wide if params.b_in is None else wide + params.b_in)
     if params.w_gate is not None:
         hidden = hidden * _widen(x, params.w_gate)
-    return hidden @ params.w_out + params.b_out
+    out = hidden @ params.w_out
+    return out if params.b_out is None else out + params.b_out
 
 
 @jax.custom_jvp

@@ -121,7 +121,7 @@ class LanguageModel(_Adapter):
     """
 
     functions = language_model
-    embedding: nnx.Param  # [V, D]
+    embedding: Any  # embedding.tokens is an nnx.Param [V, D]
     stack: Any  # every leaf of stack.layers is [L, ...]
 
     def __init__(self, config: language_model.Config, *, deterministic: bool = False, rngs: nnx.Rngs):
@@ -168,7 +168,7 @@ class Translator(_Adapter):
     """
 
     functions = translator
-    embedding: nnx.Param  # [V, D]
+    embedding: Any  # embedding.tokens is an nnx.Param [V, D]
     encoder: Any  # every leaf of encoder.layers is [L, ...]
     decoder: Any
 

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mhajax import arguments
+
 Kind = Literal["rms", "layer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A normalisation.
+
+    Attributes:
+      d_model: D, the number of channels.
+      norm: "rms" or "layer".
+      norm_epsilon: what is added to the mean square, or the variance, before its root is taken.
+    """
+
+    d_model: int
+    norm: Kind = "rms"
+    norm_epsilon: float = 1e-6
+
+    def __post_init__(self):
+        arguments.integers(self, "d_model")
+        if self.norm not in get_args(Kind):
+            raise ValueError(f"norm must be one of {', '.join(get_args(Kind))}, got {self.norm!r}.")
+        arguments.positive(self, "norm_epsilon")
 
 
 class Params(NamedTuple):
@@ -18,12 +42,14 @@ class Params(NamedTuple):
     shift: Array | None
 
 
-def init_params(width: int, kind: Kind) -> Params:
-    """Scale 1, shift 0."""
-    return Params(jnp.ones(width), jnp.zeros(width) if kind == "layer" else None)
+def init_params(key: Array | None, config: Config) -> Params:
+    """Scale 1, shift 0: nothing is drawn, and the key may be None."""
+    del key
+    width = config.d_model
+    return Params(jnp.ones(width), jnp.zeros(width) if config.norm == "layer" else None)
 
 
-def apply(params: Params, x: Array, *, epsilon: float = 1e-6) -> Array:
+def apply(params: Params, x: Array, config: Config) -> Array:
     """x [..., D] with unit mean square ("rms"), or zero mean and unit variance ("layer"), scaled and shifted.
 
     Statistics are float32 (float64 for float64), the result has the dtype of x.
@@ -31,6 +57,11 @@ def apply(params: Params, x: Array, *, epsilon: float = 1e-6) -> Array:
     References:
       Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; Ba et al. 2016, "Layer Normalization".
     """
+    return normalise(params, x, config.norm_epsilon)
+
+
+def normalise(params: Params, x: Array, epsilon: float) -> Array:
+    """`apply` for parameters of any width, [D] or what broadcasts to x: "layer" is where there is a shift."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if params.shift is not None:
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)

@@ -7,7 +7,7 @@ With a cache the layers are unrolled, and each has a cache of its own: a scan wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -22,18 +22,19 @@ from jax import Array
 from mhajax import arguments, attention, block, norm
 from mhajax import cache as caches
 from mhajax.attention import KeysValues
-from mhajax.block import Captures, Gates, Interventions, Options, Seen
+from mhajax.attentions import PerAttention
+from mhajax.block import Captures, Options
 from mhajax.cache import Cache
-from mhajax.interventions import Capture, as_capture
+from mhajax.interventions import Capture, Intervention
 
 Caches = tuple[Cache, ...]  # of all layers
 
 
 class Params(NamedTuple):
-    """Layers stacked along a leading axis L, and the normalisation after the last."""
+    """Layers stacked along a leading axis L, and the normalisation after the last, if there is one."""
 
     layers: Any  # block.Params, every leaf [L, ...]; or a tuple of L of them, see `unstack`
-    norm: norm.Params
+    norm: norm.Params | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +45,17 @@ class Config(block.Config):
       num_layers: L.
       unroll: layers per iteration of the compiled loop. 1 keeps compile time flat in depth; num_layers is fastest on a
         CPU (no copies in and out of the stacked arrays) and changes no number.
+      final_norm: normalise what the last layer gives.
     """
 
     num_layers: int
     unroll: int = 1
+    final_norm: bool = True
 
     def __post_init__(self):
         block.Config.__post_init__(self)
         arguments.integers(self, "num_layers", "unroll")
+        arguments.booleans(self, "final_norm")
 
 
 def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
@@ -59,7 +63,67 @@ def init_params(key: Array, config: Config, *, cross: bool = False) -> Params:
     arguments.init("transformer.init_params", key, config, Config)
     one = partial(block.init_params, config=config, cross=cross)
     layers = jax.vmap(one)(jax.random.split(key, config.num_layers))
-    return Params(layers, norm.init_params(config.d_model, config.norm))
+    return Params(layers, norm.init_params(None, config) if config.final_norm else None)
+
+
+def part(params: Params, config: Config, start: int, stop: int) -> tuple[Params, Config]:
+    """The layers from `start` up to, not with, `stop`: a stack of its own, to go on from activations of layer `start`.
+
+    `run` of the whole is `run` of [0, l] and then, of what that gives, of [l, L]. The last normalisation belongs to the
+    last layer.
+
+    Raises:
+      ValueError: unless 0 ≤ start < stop ≤ L.
+
+    >>> config = Config(d_model=8, num_heads=2, num_layers=3)
+    >>> params, x = init_params(jax.random.key(0), config), jnp.ones((5, 8))
+    >>> first, last = part(params, config, 0, 2), part(params, config, 2, 3)
+    >>> x_2 = apply(first[0], x, first[1])
+    >>> bool(jnp.allclose(apply(last[0], x_2, last[1]), apply(params, x, config), atol=1e-6))
+    True
+    """
+    count = config.num_layers
+    if not 0 <= start < stop <= count:
+        raise ValueError(
+            f"transformer.part: start and stop must be 0 ≤ start < stop ≤ num_layers={count}, got {start} and {stop}."
+        )
+    last = stop == count
+    some = slice(start, stop)
+    layers = params.layers[some] if _is_unstacked(params.layers) else jax.tree.map(itemgetter(some), params.layers)
+    shape = replace(config, num_layers=stop - start, final_norm=config.final_norm and last)
+    return Params(layers, params.norm if last else None), shape
+
+
+class Stage(NamedTuple):
+    """A stack of a model as it is run: all of it but what is changed and captured.
+
+    A model's module gives those of its inputs, `stages(params, …, config)`, each after those that it reads; what the
+    last one gives is what the model's logits are computed from.
+
+    Attributes:
+      params, config: of the stack.
+      x: its input, [..., T, D].
+      options: mask, memory_mask, score, positions and rotate, as far as there are any, as in `run`.
+      names: what the model calls the attentions of a layer, by the layer's names: {"attention": "encoder"}.
+      reads: which of the stages' output is the memory; None: there is none.
+    """
+
+    params: Params
+    config: Config
+    x: Array
+    options: dict[str, Any]
+    names: dict[str, str]
+    reads: int | None = None
+
+    def of_layers(self, given: Mapping[str, Any] | None) -> PerAttention | None:
+        """What is given for attentions by the model's names, as `run` takes it."""
+        if given is None:
+            return None
+        return PerAttention(**{ours: given[name] for ours, name in self.names.items() if name in given})
+
+    def of_model(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """What was found in attentions of the layers, by the model's names."""
+        return {self.names[ours]: one for ours, one in found.items()}
 
 
 def unstack(params: Params) -> Params:
@@ -144,9 +208,9 @@ def run(
     config: Config,
     *,
     cache: Caches | None = None,
-    capture: Sequence[str] | Capture | Captures = (),
+    capture: Captures = (),
     **options: Unpack[Options],
-) -> tuple[Array, Caches | None, Seen]:
+) -> tuple[Array, Caches | None, PerAttention[dict[str, Array]]]:
     """All layers, with their new caches and what was captured.
 
     Args:
@@ -154,20 +218,25 @@ def run(
       x: [..., T, D].
       config: the shape; static under jit.
       memory: [..., S, D], shared by all layers, or keys and values of every layer, [L, ...] or a tuple of L.
-      gates: [L, N], [L, ..., N] or [L, ..., N, T].
-      interventions: every leaf with a leading L; a leaf without axes is shared by all layers.
+      gates: `PerAttention` of [L, N], [L, ..., N] or [L, ..., N, T], for attention and cross.
+      interventions: `PerAttention` whose every leaf has a leading L; a leaf without axes is shared by all layers.
       cache: from `init_cache`.
       capture: as in `block.run`; its layers, in their order, are the first axis of what is returned.
       dropout_key: PRNG key; None is evaluation.
-      mask, memory_mask, positions, rotate, real, kernel: as in `block.run`.
+      mask, memory_mask, score, positions, rotate, real, kernel: as in `block.run`.
 
     Returns:
       [..., T, D], the caches of the layers (None without), and the captured arrays [L, ...].
+
+    Raises:
+      ValueError: if params, gates, interventions, memory or cache are of another number of layers than the config;
+        else as `block.run`.
     """
     arguments.named("transformer.run", options, Options)
     arguments.order("transformer.run(params, x, config)", params, config, Params, Config, x=x)
-    gates, interventions = options.pop("gates", Gates()), options.pop("interventions", Interventions())
-    block.check_changes("transformer.run", gates, interventions)
+    names = tuple(block.attentions(params.layers[0] if _is_unstacked(params.layers) else params.layers))
+    changed = block.changes("transformer.run", options.pop("gates", None), options.pop("interventions", None), names)
+    gates, interventions = dict(changed[0]), dict(changed[1])
     memory, dropout_key = options.pop("memory", None), options.pop("dropout_key", None)
     if dropout_key is not None:
         arguments.key("transformer.run", dropout_key, "dropout_key")
@@ -186,8 +255,8 @@ def run(
         )
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
     projected = memory if isinstance(memory, KeysValues) or _is_unstacked(memory) else None
-    captures = block.as_captures(capture)
-    counted = any("column_sums" in as_capture(one).names for one in captures)
+    captures = block.captured("transformer.run", capture, names)
+    counted = any("column_sums" in one.names for one in captures.values())
     if options.get("real") is not None and cache is None and not counted:
         raise ValueError(
             'transformer.run: real says what a cache keeps and what "column_sums" count, got real without a cache or '
@@ -195,8 +264,8 @@ def run(
         )
 
     def one_layer(
-        x: Array, layer: tuple, cache: Cache | None = None, *, capture: Captures
-    ) -> tuple[Array, tuple[Cache | None, Seen]]:
+        x: Array, layer: tuple, cache: Cache | None = None, *, capture: PerAttention[Capture]
+    ) -> tuple[Array, tuple[Cache | None, PerAttention]]:
         params, key, gates, own, answers = layer
         merged = [leaf if one else mine for leaf, one, mine in zip(leaves, shared, own, strict=True)]
         x, cache, seen = block.run(
@@ -208,8 +277,8 @@ def run(
 
     count = config.num_layers
     layers = (params.layers, keys, gates, own, projected)
-    asked = [Captures(*(_of_layer(one, index, count) for one in captures)) for index in range(count)]
-    found: list[Seen] = []
+    asked = [PerAttention(**{name: _of_layer(one, at, count) for name, one in captures.items()}) for at in range(count)]
+    found: list[PerAttention] = []
     after: list[Any] = []
     if cache is None:
         layers = tuple(_stacked(part) for part in layers)
@@ -225,30 +294,56 @@ def run(
             x, (new, seen) = one_layer(x, tuple(_part(part, index) for part in layers), before, capture=asked[index])
             after.append(new)
             found.append(jax.tree.map(itemgetter(None), seen))
-    attention, cross = ([getattr(seen, kind) for seen in found] for kind in Seen._fields)
-    seen = Seen(_joined(attention, captures.attention), _joined(cross, captures.cross))
-    return norm.apply(params.norm, x), None if cache is None else tuple(after), seen
+    seen = PerAttention(**{name: _joined([one[name] for one in found], captures[name]) for name in names})
+    x = x if params.norm is None else norm.apply(params.norm, x, config)
+    return x, None if cache is None else tuple(after), seen
 
 
-def _of_layer(given: Sequence[str] | Capture, index: int, num_layers: int) -> Capture:
-    """What is looked at in one layer."""
-    capture = as_capture(given)
+def run_stage(
+    stage: Stage, outputs: Sequence[Array], *, gates: Mapping[str, Any] | None = None,
+    interventions: Mapping[str, Intervention] | None = None, capture: Captures = (), **options: Any,
+) -> tuple[Array, Any, dict[str, dict[str, Array]]]:  # fmt: skip
+    """`run` of a stage, with gates, interventions and captures by the model's names.
+
+    Args:
+      stage: of a model.
+      outputs: what the stages before it gave.
+      gates, interventions, capture: as in `run`, by the model's names; those of other stages' attentions are left out.
+      **options: the others of `run`; a memory that is given is read instead of a stage's output.
+
+    Returns:
+      As `run`, what was captured by the model's names.
+    """
+    if isinstance(capture, Mapping):
+        capture = stage.of_layers(capture) or PerAttention()
+    own: Any = {**stage.options, **options}
+    if stage.reads is not None and "memory" not in own:
+        own["memory"] = outputs[stage.reads]
+    x, cache, seen = run(
+        stage.params, stage.x, stage.config, **own,
+        gates=stage.of_layers(gates), interventions=stage.of_layers(interventions), capture=capture,
+    )  # fmt: skip
+    return x, cache, stage.of_model(seen)
+
+
+def _of_layer(capture: Capture, index: int, num_layers: int) -> Capture:
+    """What is captured of one layer."""
     wanted = capture.layers
     if wanted is not None and max(wanted) >= num_layers:
         raise ValueError(
             f"transformer.run: capture.layers must be below num_layers={num_layers}, got {wanted}; "
-            "block.Captures and translator.Captures ask each kind of attention for its own layers."
+            "a PerAttention asks each kind of attention for its own layers."
         )
     return replace(capture, layers=None, names=capture.names if wanted is None or index in wanted else ())
 
 
-def _joined(parts: list[dict[str, Array]], capture: Sequence[str] | Capture) -> dict[str, Array]:
-    """What some runs of layers saw, [L, ...], in the order that is asked for."""
+def _joined(parts: list[dict[str, Array]], capture: Capture) -> dict[str, Array]:
+    """What some runs of layers captured, [L, ...], in the order that is asked for."""
     some = [part for part in parts if part]
     if not some:
         return {}
     whole = some[0] if len(some) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *some)
-    layers = as_capture(capture).layers
+    layers = capture.layers
     if layers is None or list(layers) == sorted(layers):
         return whole
     return jax.tree.map(itemgetter(np.argsort(np.argsort(layers))), whole)

@@ -7,8 +7,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from operator import itemgetter
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -19,41 +19,48 @@ from jax import Array
 from mhajax import arguments, attention, block, embedding, masks, transformer
 from mhajax import cache as caches
 from mhajax.attention import KeysValues
+from mhajax.attentions import PerAttention
+from mhajax.block import Captures
 from mhajax.dropout import dropout
-from mhajax.interventions import Capture, Intervention, as_capture
-from mhajax.transformer import Caches
+from mhajax.interventions import Intervention
+from mhajax.transformer import Caches, Stage
+
+NAMES = ("encoder", "decoder", "cross")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(block.Config):
-    """Two stacks of the same layers, and the words.
+class Config(block.Config, embedding.Config):
+    """Two stacks of the same layers, and the vocabulary that both languages share.
 
     Attributes:
       encoder_layers: layers that read the source.
       decoder_layers: layers that write the target; each also attends to the encoder's output.
-      unroll: as in `transformer.Config`.
-      vocab_size: V, of the vocabulary that both languages share. An experiment fills it in from its data.
-      positions: "rotary" (in the attentions of a text to itself), "sinusoidal" (added to the embedding) or "none".
+      unroll, final_norm: as in `transformer.Config`.
     """
 
     encoder_layers: int
     decoder_layers: int
     unroll: int = 1
-    vocab_size: int | None = None
-    positions: embedding.Positions = "rotary"
+    final_norm: bool = True
 
     def __post_init__(self):
         block.Config.__post_init__(self)
+        embedding.Config.__post_init__(self)
         arguments.integers(self, "encoder_layers", "decoder_layers", "unroll")
-        arguments.integers(self, "vocab_size", optional=True)
-        embedding.check_kind(self.positions)
-        embedding.check_width(self.positions, self.width)
+        arguments.booleans(self, "final_norm")
+        embedding.check_width(self, self.width)
+        if self.token_width != self.d_model:
+            raise ValueError(
+                f"embedding_width must be None or d_model={self.d_model}, since the table also gives the logits, got "
+                f"{self.embedding_width}."
+            )
 
     def stack(self, num_layers: int) -> transformer.Config:
         """One of the two stacks."""
-        own = {"encoder_layers", "decoder_layers", "vocab_size", "positions"}
-        shared = {name: value for name, value in vars(self).items() if name not in own}
-        return transformer.Config(num_layers=num_layers, **shared)
+        shared = {
+            field.name: getattr(self, field.name) for field in fields(transformer.Config) if hasattr(self, field.name)
+        }
+        return transformer.Config(**{**shared, "num_layers": num_layers})
 
     @property
     def encoder(self) -> transformer.Config:
@@ -67,53 +74,21 @@ class Config(block.Config):
 
 
 class Params(NamedTuple):
-    """The table of embeddings, which also gives the logits, and the two stacks."""
+    """The vectors of tokens, which also give the logits, and the two stacks."""
 
-    embedding: Array  # [V, D]
+    embedding: embedding.Params
     encoder: transformer.Params
     decoder: transformer.Params
-
-
-class Interventions(NamedTuple):
-    """What is changed in the three kinds of attention; every leaf has a leading L, or no axes at all."""
-
-    encoder: Intervention = Intervention()
-    decoder: Intervention = Intervention()
-    cross: Intervention = Intervention()
-
-
-class Captures(NamedTuple):
-    """What is looked at in the three kinds of attention."""
-
-    encoder: Sequence[str] | Capture = ()
-    decoder: Sequence[str] | Capture = ()
-    cross: Sequence[str] | Capture = ()
-
-
-class Gates(NamedTuple):
-    """A factor for every head's output, [L, N], [L, ..., N] or [L, ..., N, T]; None for 1."""
-
-    encoder: Array | None = None
-    decoder: Array | None = None
-    cross: Array | None = None
 
 
 class Options(TypedDict, total=False):
     """All keywords of `apply`."""
 
     source_lengths: Array | None
-    gates: Gates
-    interventions: Interventions
+    gates: Mapping[str, Any] | None
+    interventions: Mapping[str, Intervention] | None
     kernel: str
     dropout_key: Array | None
-
-
-class Seen(NamedTuple):
-    """What was captured: a dict with arrays [L, ...] for each of the three kinds of attention."""
-
-    encoder: dict[str, Array]
-    decoder: dict[str, Array]
-    cross: dict[str, Array]
 
 
 class State(NamedTuple):
@@ -136,7 +111,7 @@ def init_params(key: Array, config: Config) -> Params:
         raise ValueError("translator.init_params: config.vocab_size must be a number, got None; set it.")
     key_embedding, key_encoder, key_decoder = jax.random.split(key, 3)
     return Params(
-        embedding.init_params(key_embedding, config.vocab_size, config.d_model),
+        embedding.init_params(key_embedding, config),
         transformer.init_params(key_encoder, config.encoder),
         transformer.init_params(key_decoder, config.decoder, cross=True),
     )
@@ -168,8 +143,9 @@ def apply(params: Params, source: Array, target: Array, config: Config, **option
       target: integers [..., T], beginning with the token that begins every sentence; place t sees target[: t + 1].
       config: the shape; static under jit.
       source_lengths: integers [...], real tokens of every source; None is all.
-      gates: `Gates`.
-      interventions: `Interventions`.
+      gates: `PerAttention` of factors of the heads' outputs, [L, N], [L, ..., N] or [L, ..., N, T], for encoder,
+        decoder and cross.
+      interventions: `PerAttention` whose every leaf has a leading L, or no axes at all.
       kernel: as in `attention.apply`.
       dropout_key: PRNG key; None is evaluation.
 
@@ -182,7 +158,7 @@ def apply(params: Params, source: Array, target: Array, config: Config, **option
     instead = {"capture": "write translator.apply_captured, which returns it", "mask": "write source_lengths="}
     arguments.named("translator.apply", options, Options, **instead)
     x = features(params, source, target, config, **options)
-    return embedding.logits(params.embedding, x)
+    return embedding.logits(params.embedding.tokens, x)
 
 
 @arguments.shown
@@ -192,23 +168,23 @@ def apply_captured(
     target: Array,
     config: Config,
     *,
-    capture: Sequence[str] | Capture | Captures = ("weights",),
+    capture: Captures = ("weights",),
     real: Array | None = None,
     **options: Unpack[Options],
-) -> tuple[Array, Seen]:
+) -> tuple[Array, PerAttention[dict[str, Array]]]:
     """`apply`, and the arrays named in `attention.CAPTURES`, [L, ..., N, …].
 
     Args:
       params, source, target, config: as in `apply`, and so are the options.
       capture: names, or an `interventions.Capture` that chooses layers, heads and rows, of all three kinds of
-        attention; `Captures` says which of which kind.
+        attention; a `PerAttention` says what of which kind.
       real: bool [..., T], False for padding of the target, whose queries "column_sums" of decoder and cross attention
         then do not count. None: all count. (Those of the encoder count what source_lengths say. Everything else has an
         axis of queries, where padding is the caller's to leave out.)
     """
     arguments.named("translator.apply_captured", options, Options)
     x, seen = _run(params, source, target, config, capture=capture, real=real, **options)
-    return embedding.logits(params.embedding, x), seen
+    return embedding.logits(params.embedding.tokens, x), seen
 
 
 @arguments.shown
@@ -220,28 +196,23 @@ def features(params: Params, source: Array, target: Array, config: Config, **opt
 
 def begin(
     params: Params, source: Array, capacity: int, config: Config, *, source_lengths: Array | None = None,
-    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
-    interventions: Interventions = Interventions(),  # noqa: B008
+    gates: Mapping[str, Any] | None = None, interventions: Mapping[str, Intervention] | None = None,
     kernel: str = "auto",
 ) -> State:  # fmt: skip
-    """Read the source [..., S] and make room for a translation of `capacity` tokens."""
-    options = {"gates": gates, "interventions": interventions, "kernel": kernel}
-    memory, _ = _encode(params, source, config, source_lengths=source_lengths, **options)
-    return State(
-        transformer.init_cache(source.shape[:-1], capacity, config.decoder, memory.dtype),
-        transformer.unstacked(
-            transformer.keys_values(params.decoder, memory, config, masked=source_lengths is not None)
-        ),
-        source_lengths,
-    )
+    """Read the source [..., S] and make room for a translation of `capacity` tokens. Arguments as in `apply`."""
+    _check_source(params, source, config, source_lengths)
+    block.changes("translator.begin", gates, interventions, NAMES)
+    stage = _reading(params, source, config, source_lengths)
+    memory, _, _ = transformer.run_stage(stage, (), gates=gates, interventions=interventions, kernel=kernel)
+    projected = transformer.keys_values(params.decoder, memory, config, masked=source_lengths is not None)
+    room = transformer.init_cache(source.shape[:-1], capacity, config.decoder, memory.dtype)
+    return State(room, transformer.unstacked(projected), source_lengths)
 
 
 def extend(
     params: Params, target: Array, state: State, config: Config, *,
-    gates: Gates = Gates(),  # noqa: B008 - an immutable tuple
-    interventions: Interventions = Interventions(),  # noqa: B008
-    kernel: str = "auto",
-    real: Array | None = None,
+    gates: Mapping[str, Any] | None = None, interventions: Mapping[str, Intervention] | None = None,
+    kernel: str = "auto", real: Array | None = None,
 ) -> tuple[Array, State]:  # fmt: skip
     """Logits [..., t, V] of t more target tokens [..., t], and the translation with them.
 
@@ -249,12 +220,15 @@ def extend(
     `cache.extend`. More tokens than `begin` made room for are refused, or give NaN under jit; whether that has
     happened, `cache.overflowed` of the new state says.
     """
-    x, written, _ = _decode(
-        params, target, state.source, config,
-        source_lengths=state.source_lengths, cache=state.written, real=real, gates=gates, interventions=interventions,
+    block.changes("translator.extend", gates, interventions, NAMES)
+    places = caches.positions(state.written[0], target.shape[-1], real)
+    stage = _writing(params, target, config, state.source_lengths, places)
+    stage.options["positions"] = None  # of the layers' caches, which know them
+    x, written, _ = transformer.run_stage(
+        stage, (), memory=state.source, cache=state.written, real=real, gates=gates, interventions=interventions,
         kernel=kernel,
     )  # fmt: skip
-    return embedding.logits(params.embedding, x), state._replace(written=written)
+    return embedding.logits(params.embedding.tokens, x), state._replace(written=written)
 
 
 def unstack(params: Params) -> Params:
@@ -273,11 +247,36 @@ def select(state: State, rows: Array) -> State:
     return State(transformer.select(state.written, rows), jax.tree.map(itemgetter(rows), state.source), lengths)
 
 
+def stages(
+    params: Params, source: Array, target: Array, config: Config, *, source_lengths: Array | None = None
+) -> tuple[Stage, Stage]:
+    """The two stacks, as they are run on these sentences: one reads, one writes. Arguments as in `apply`."""
+    places = jnp.arange(target.shape[-1])
+    return _reading(params, source, config, source_lengths), _writing(params, target, config, source_lengths, places)
+
+
+def _reading(params: Params, source: Array, config: Config, source_lengths: Array | None) -> Stage:
+    positions = jnp.arange(source.shape[-1])
+    x = embedding.apply(params.embedding, source, config, positions=positions)
+    options = {"mask": _real(source_lengths), "positions": positions, "rotate": embedding.rotation(config)}
+    return Stage(params.encoder, config.encoder, x, options, {"attention": "encoder"})
+
+
+def _writing(params: Params, target: Array, config: Config, source_lengths: Array | None, positions: Array) -> Stage:
+    x = embedding.apply(params.embedding, target, config, positions=positions)
+    options = {
+        "mask": masks.causal(), "memory_mask": _real(source_lengths), "positions": positions,
+        "rotate": embedding.rotation(config),
+    }  # fmt: skip
+    return Stage(params.decoder, config.decoder, x, options, {"attention": "decoder", "cross": "cross"}, reads=0)
+
+
 def _run(
     params: Params, source: Array, target: Array, config: Config, *, source_lengths: Array | None = None,
-    dropout_key: Array | None = None, capture: Sequence[str] | Capture | Captures = (), real: Array | None = None,
-    **options: Any,
-) -> tuple[Array, Seen]:  # fmt: skip
+    dropout_key: Array | None = None, gates: Mapping[str, Any] | None = None,
+    interventions: Mapping[str, Intervention] | None = None, capture: Captures = (), real: Array | None = None,
+    kernel: str = "auto",
+) -> tuple[Array, PerAttention[dict[str, Array]]]:  # fmt: skip
     call = "translator.apply(params, source, target, config)"
     arguments.order(call, params, config, Params, Config, source=source, target=target)
     if source.shape[:-1] != target.shape[:-1]:
@@ -285,57 +284,27 @@ def _run(
             "translator.apply: source [..., S] and target [..., T] must have the same leading axes, "
             f"got {source.shape} and {target.shape}."
         )
+    _check_source(params, source, config, source_lengths)
+    block.changes("translator.apply", gates, interventions, NAMES)
+    captures = block.captured("translator.apply", capture, NAMES)
     if dropout_key is not None:
         arguments.key("translator.apply", dropout_key, "dropout_key")
-    key_source, key_target = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    options = {"source_lengths": source_lengths, "capture": _as_captures(capture), **options}
-    memory, seen_source = _encode(params, source, config, dropout_key=key_source, **options)
-    x, _, seen = _decode(params, target, memory, config, dropout_key=key_target, real=real, **options)
-    return x, Seen(seen_source.attention, seen.attention, seen.cross)
+    keys = [None, None] if dropout_key is None else jax.random.split(dropout_key)
+    outputs, found = [], {}
+    for stage, key in zip(stages(params, source, target, config, source_lengths=source_lengths), keys, strict=True):
+        key_embedding, key_stack = (None, None) if key is None else jax.random.split(key)
+        x, _, seen = transformer.run_stage(
+            stage._replace(x=dropout(stage.x, config.dropout, key_embedding)), outputs,
+            gates=gates, interventions=interventions, capture=captures, kernel=kernel, dropout_key=key_stack,
+            **({} if stage.reads is None else {"real": real}),
+        )  # fmt: skip
+        outputs.append(x)
+        found |= seen
+    return outputs[-1], PerAttention(**found)
 
 
-def _encode(
-    params, source, config, *, source_lengths, gates=Gates(), interventions=Interventions(), kernel="auto",  # noqa: B008
-    dropout_key=None, capture=Captures(),  # noqa: B008
-):  # fmt: skip
-    _check_source(params, source, config, source_lengths, gates, interventions)
-    positions = jnp.arange(source.shape[-1])
-    x, key = _embed(params, source, positions, config, dropout_key)
-    x, _, seen = transformer.run(
-        params.encoder, x, config.encoder,
-        mask=_real(source_lengths), positions=positions, rotate=embedding.rotation(config.positions),
-        gates=block.Gates(gates.encoder), interventions=block.Interventions(interventions.encoder), kernel=kernel,
-        dropout_key=key, capture=block.Captures(capture.encoder),
-    )  # fmt: skip
-    return x, seen
-
-
-def _decode(
-    params, target, memory, config, *, source_lengths, gates=Gates(), interventions=Interventions(),  # noqa: B008
-    kernel="auto", cache=None, real=None, dropout_key=None, capture=Captures(),  # noqa: B008
-):  # fmt: skip
-    _check_changes(gates, interventions)
-    positions = jnp.arange(target.shape[-1]) if cache is None else None
-    places = positions if cache is None else caches.positions(cache[0], target.shape[-1], real)
-    x, key = _embed(params, target, places, config, dropout_key)
-    return transformer.run(
-        params.decoder, x, config.decoder,
-        memory=memory, mask=masks.causal(), memory_mask=_real(source_lengths), positions=positions,
-        rotate=embedding.rotation(config.positions), gates=block.Gates(gates.decoder, gates.cross),
-        interventions=block.Interventions(interventions.decoder, interventions.cross), kernel=kernel,
-        cache=cache, real=real, dropout_key=key, capture=block.Captures(capture.decoder, capture.cross),
-    )  # fmt: skip
-
-
-def _embed(params, tokens, positions, config, dropout_key):
-    key_embedding, key_stack = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    x = embedding.embed(params.embedding, tokens, positions, config.positions)
-    return dropout(x, config.dropout, key_embedding), key_stack
-
-
-def _check_source(params, source, config, source_lengths, gates, interventions) -> None:
+def _check_source(params: Params, source: Array, config: Config, source_lengths: Any) -> None:
     arguments.order("translator.begin(params, source, capacity, config)", params, config, Params, Config, source=source)
-    _check_changes(gates, interventions)
     if source_lengths is None:
         return
     if not jnp.issubdtype(jnp.result_type(source_lengths), jnp.integer) or jnp.ndim(source_lengths) >= source.ndim:
@@ -346,18 +315,5 @@ def _check_source(params, source, config, source_lengths, gates, interventions) 
         )
 
 
-def _check_changes(gates: Any, interventions: Any) -> None:
-    """Raise a TypeError unless gates and interventions say which attentions they are for."""
-    write = "(encoder=…, decoder=…, cross=…)"
-    arguments.instance("translator.apply", "gates", gates, Gates, f"translator.Gates{write}")
-    arguments.instance(
-        "translator.apply", "interventions", interventions, Interventions, f"translator.Interventions{write}"
-    )
-
-
 def _real(source_lengths: Array | None) -> masks.Mask | None:
     return None if source_lengths is None else masks.lengths(source_lengths)
-
-
-def _as_captures(given: Sequence[str] | Capture | Captures) -> Captures:
-    return Captures(*map(as_capture, given)) if isinstance(given, Captures) else Captures(*[as_capture(given)] * 3)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mhajax import attention, block, language_model, mlp, norm, transformer
+from mhajax import attention, block, embedding, language_model, mlp, norm, transformer
 
 VOCABULARY = 31
 PLACES = 22  # pairs of channels, read for positions; the sinusoid of the highest frequency is among them
@@ -116,12 +116,12 @@ def model(*layers: attention.Params) -> tuple[language_model.Config, language_mo
         vocab_size=VOCABULARY, positions="sinusoidal",
     )  # fmt: skip
     nothing = mlp.Params(jnp.zeros((WIDTH, 1)), jnp.zeros(1), jnp.zeros((1, WIDTH)), jnp.zeros(WIDTH))
-    scale = norm.init_params(WIDTH, "rms")
+    scale = norm.init_params(None, config)
     stack: Any = [block.Params(scale, attended, None, None, scale, nothing) for attended in layers]
     table = np.zeros((VOCABULARY, WIDTH), np.float32)
     table[np.arange(VOCABULARY), WORD] = CODE / WIDTH**0.5
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
-    return config, language_model.Params(jnp.asarray(table), transformer.Params(stacked, scale))
+    return config, language_model.Params(embedding.Params(jnp.asarray(table)), transformer.Params(stacked, scale))
 
 
 def induction_model() -> tuple[language_model.Config, language_model.Params]:

@@ -28,7 +28,7 @@ LAYERS = [
         "checkpoints",
         "statistics",
     },
-    {"interventions", "weight_decay", "accumulation"},
+    {"interventions", "attentions", "weight_decay", "accumulation"},
     {"kernels", "embedding", "checks", "options"},
     {"attention"},
     {"cache", "convert", "drop_in", "variants"},

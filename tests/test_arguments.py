@@ -35,8 +35,10 @@ from mhajax import (
     translator,
     variants,
 )
+from mhajax.attentions import PerAttention
 
 B, T, D, N, V = 2, 5, 4, 2, 11
+PLAIN = embedding.Config(d_model=D, positions="none")
 SHAPE = {"d_model": D, "num_heads": N}
 CONFIGS = {
     "attention": attention.Config(**SHAPE),
@@ -170,14 +172,15 @@ MORE = {
     "mask of a translator": (lambda p: call(p, "translator", mask=masks.causal()), TypeError, ("source_lengths=",)),
     "gates of no attention": (
         lambda p: call(p, "language_model", gates=jnp.ones((1, N))), TypeError,
-        ("gates must be block.Gates, got float32[1,2]", "write block.Gates(attention=…)"),
+        ("gates must be a PerAttention, got float32[1,2]", "write mhajax.PerAttention(attention=…)"),
     ),
     "gates of another model": (
-        lambda p: call(p, "translator", gates=block.Gates()), TypeError,
-        ("translator.Gates, got a block.Gates", "encoder=…"),
+        lambda p: call(p, "translator", gates=PerAttention(attention=jnp.ones((1, N)))), ValueError,
+        ("gates must be for any of the attentions encoder, decoder, cross, got attention",),
     ),
     "interventions": (
-        lambda p: call(p, "block", interventions=interventions.zero()), TypeError, ("block.Interventions(attention=…)",)
+        lambda p: call(p, "block", interventions=interventions.zero()), TypeError,
+        ("interventions must be a PerAttention", "attention=…"),
     ),
     "intervention": (
         lambda p: call(p, "attention", intervention=interventions.zero), TypeError,
@@ -340,7 +343,7 @@ def test_types_are_in_the_wheel():
 def test_an_id_that_is_not_in_the_table_is_no_row_of_it(wrong):
     table = jax.random.normal(KEY, (V, D))
     tokens = jnp.array([[0, wrong, V - 1]])
-    embed = lambda table, tokens: embedding.embed(table, tokens, jnp.arange(3), "none")  # noqa: E731
+    embed = lambda table, tokens: embedding.apply(embedding.Params(table), tokens, PLAIN)  # noqa: E731
     said = message(lambda: embed(table, tokens), ValueError)
     assert f"tokens must be at least 0 and below {V}, the number of tokens in the vocabulary, V, got {wrong}" in said
     got = jax.jit(embed)(table, tokens)
@@ -354,14 +357,14 @@ def test_an_id_that_is_not_in_the_table_is_no_row_of_it(wrong):
 def test_models_refuse_ids_that_they_do_not_know(params, wrong):
     bad = TOKENS.at[1, 2].set(wrong)
     config, known = CONFIGS["language_model"], params["language_model"]
-    assert "embedding.embed: tokens" in message(lambda: language_model.apply(known, bad, config), ValueError)
+    assert "embedding.apply: tokens" in message(lambda: language_model.apply(known, bad, config), ValueError)
     logits = jax.jit(lambda tokens: language_model.apply(known, tokens, config))(bad)
     expected = np.zeros((B, T), bool)
     expected[1, 2:] = True  # who sees it, and nobody else
     np.testing.assert_array_equal(np.isnan(logits).any(-1), expected)
     for source, target in ((bad, TOKENS), (TOKENS, bad)):
         translate = partial(translator.apply, params["translator"], source, target, CONFIGS["translator"])
-        assert "embedding.embed: tokens" in message(translate, ValueError)
+        assert "embedding.apply: tokens" in message(translate, ValueError)
 
 
 def test_an_example_that_is_not_there_is_nan_under_jit():

@@ -14,7 +14,6 @@ from tiers import tiered
 
 from mhajax import (
     attention,
-    block,
     cache,
     interventions,
     language_model,
@@ -24,6 +23,7 @@ from mhajax import (
     transformer,
     translator,
 )  # fmt: skip
+from mhajax.attentions import PerAttention
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -94,7 +94,7 @@ def test_a_translator_extends_to_what_it_gives_at_once(mt, sizes):
 @pytest.mark.slow
 def test_gates_and_masks_are_those_of_the_whole_text(lm):
     """A mask looks up a token of the cache by its index in the text, not in the chunk."""
-    gates = block.Gates(numbers(3, 2, 6))
+    gates = PerAttention(attention=numbers(3, 2, 6))
     mask = masks.segments(np.array([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 2]]))
     expected = apply_lm(lm, TOKENS, gates=gates, mask=mask)
     got, _ = in_chunks(

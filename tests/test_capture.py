@@ -11,7 +11,8 @@ from reference import random_params
 from test_interventions import ALLOWED, BIAS, CONFIG, LENGTHS, MASK, PARAMS, VALUES, B, D, K, N, T, X, by_hand
 from tiers import tiered
 
-from mhajax import attention, block, interventions, kernels, language_model, masks, translator
+from mhajax import attention, interventions, kernels, language_model, masks, translator
+from mhajax.attentions import PerAttention
 from mhajax.interventions import Capture, Intervention
 from mhajax.kernels import row_layout
 
@@ -188,7 +189,7 @@ def test_a_translator_shows_one_kind_of_attention():
     config = translator.Config(d_model=D, num_heads=N, head_dim=4, encoder_layers=2, decoder_layers=3, vocab_size=V)
     params = random_params(translator.init_params, config)
     run = jax.jit(partial(translator.apply_captured, config=config), static_argnames="capture")
-    out, seen = run(params, TOKENS, TOKENS, capture=translator.Captures(cross=Capture(("weights",), layers=(2,))))
+    out, seen = run(params, TOKENS, TOKENS, capture=PerAttention(cross=Capture(("weights",), layers=(2,))))
     whole, every = run(params, TOKENS, TOKENS, capture=("weights",))
     assert seen.encoder == seen.decoder == {}
     np.testing.assert_array_equal(out, whole)
@@ -217,7 +218,7 @@ ERRORS: Any = {
         lambda: language_model.apply_captured(
             random_params(language_model.init_params, LM), TOKENS, LM, capture=Capture(("weights",), layers=(5,))
         ),
-        ("capture.layers must be below num_layers=5", "block.Captures"),
+        ("capture.layers must be below num_layers=5", "PerAttention"),
     ),
     "name": (
         lambda: attention.apply_captured(PARAMS, X, CONFIG, capture=Capture(("entropies",))),
@@ -244,7 +245,7 @@ def test_errors_say_what_was_expected_and_what_came(name):
 def test_a_capture_is_hashable_and_the_same_if_it_says_the_same():
     assert hash(Capture(("weights",), rows=[3])) == hash(Capture(["weights"], rows=(np.int64(3),)))  # pyright: ignore
     assert Capture(("weights",)) == interventions.as_capture(["weights"])
-    assert ALLOWED.shape == (B, N, T, T) and block.Captures().cross == ()
+    assert ALLOWED.shape == (B, N, T, T)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from reference import numbers, random_params
 
-from mhajax import decoding, translator
+from mhajax import decoding, embedding, translator
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -275,7 +275,9 @@ def model():
         d_model=12, num_heads=3, d_ff=13, encoder_layers=1, decoder_layers=2, vocab_size=11, head_dim=4
     )
     params = random_params(translator.init_params, config, seed=4)
-    params = params._replace(embedding=params.embedding / 5)  # lest every token is followed by itself
+    params = params._replace(
+        embedding=embedding.Params(params.embedding.tokens / 5)
+    )  # lest every token is followed by itself
     return config, params, np.random.default_rng(0).integers(0, 11, (2, 5)), np.array([5, 3])
 
 

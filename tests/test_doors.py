@@ -9,8 +9,10 @@ import pytest
 from reference import random_params
 
 from mhajax import attention, norm
-from mhajax.block import Gates
+from mhajax.attentions import PerAttention
 from mhajax.heads import surgery
+
+NORM = norm.Config(d_model=6, norm="layer")
 
 # A model: two attentions one after the other, each normalised after it is added (Vaswani et al. 2017) --------------
 
@@ -21,19 +23,14 @@ class Params(NamedTuple):
     norms: norm.Params
 
 
-class Both(NamedTuple):
-    near: object
-    far: object
-
-
 def init_params(key, config):
     near, far = jax.random.split(key)
-    return Params(attention.init_params(near, config), attention.init_params(far, config), norm.init_params(6, "layer"))
+    return Params(attention.init_params(near, config), attention.init_params(far, config), norm.init_params(None, NORM))
 
 
 def apply(params, x, config, gates=(None, None)):
     for one, gate in zip((params.near, params.far), gates, strict=True):
-        x = norm.apply(params.norms, x + attention.apply(one, x, config, gates=gate))
+        x = norm.apply(params.norms, x + attention.apply(one, x, config, gates=gate), NORM)
     return x
 
 
@@ -50,17 +47,21 @@ CONFIG = attention.Config(d_model=6, num_heads=3)
 
 def test_a_model_of_ones_own_has_surgery():
     params, x = random_params(init_params, CONFIG), jnp.ones((2, 5, 6)) + jnp.arange(5)[:, None]
-    keep = Both(np.array([True, False, True]), np.array([False, True, True]))
+    keep = PerAttention(near=np.array([True, False, True]), far=np.array([False, True, True]))
     small, config = surgery.prune(params, CONFIG, keep)
     assert config.num_heads == 2 and small.far.w_q.shape == (2, 6, 2)
-    gates = Both(*(jnp.asarray(kept, jnp.float32) for kept in keep))
+    gates = [jnp.asarray(keep[name], jnp.float32) for name in ("near", "far")]
     np.testing.assert_allclose(apply(small, x, config), apply(params, x, CONFIG, gates), rtol=0, atol=1e-6)
-    turned = surgery.permute(params, Both(np.array([2, 0, 1]), None))
+    turned = surgery.permute(params, PerAttention(near=np.array([2, 0, 1])))
     np.testing.assert_allclose(apply(turned, x, CONFIG), apply(params, x, CONFIG), rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="given for attention, but params have no such attention, only near, far"):
-        surgery.prune(params, CONFIG, Gates(np.ones(3, bool)))
+    with pytest.raises(ValueError, match="any of the attentions near, far, got attention"):
+        surgery.prune(params, CONFIG, PerAttention(attention=np.ones(3, bool)))
+
+
+class Other(NamedTuple):
+    near: object
 
 
 def test_who_says_nothing_of_its_attentions_is_refused():
-    with pytest.raises(TypeError, match=r"another module that has attentions\(params\) .*, got test_doors.Both"):
-        surgery.prune(Both(1, 2), CONFIG, np.ones(3, bool))
+    with pytest.raises(TypeError, match=r"another module that has attentions\(params\) .*, got test_doors.Other"):
+        surgery.prune(Other(1), CONFIG, np.ones(3, bool))

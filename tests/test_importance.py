@@ -11,7 +11,8 @@ from jax.flatten_util import ravel_pytree
 from planted import DEAD, DUPLICATES, HARMFUL, NEEDED, PLANTED, planted
 from tiers import tiered
 
-from mhajax import attention, block, language_model, masks, transformer, translator
+from mhajax import attention, language_model, masks, transformer, translator
+from mhajax.attentions import PerAttention
 from mhajax.heads import ablation, importance
 from mhajax.statistics import Tally
 
@@ -54,7 +55,9 @@ class Model:
         self.source, self.target = (jnp.asarray(random.integers(0, V, (B, length))) for length in (S, T))
         self.wanted = random.standard_normal((T, config.d_model)).astype(dtype)
         n, layers = config.num_heads, (config.encoder_layers, config.decoder_layers, config.decoder_layers)
-        self.gates = translator.Gates(*(jnp.ones((count, n), dtype) for count in layers))
+        self.gates = PerAttention(
+            **{name: jnp.ones((count, n), dtype) for name, count in zip(translator.NAMES, layers, strict=True)}
+        )
 
     def readout(self, features):
         return jnp.sum((features - self.wanted) ** 2, axis=(-2, -1))
@@ -92,7 +95,7 @@ def by_head(tree: Any) -> np.ndarray:
 @pytest.mark.parametrize("batch_size", tiered([None, 7], 7))
 def test_all_ablations_are_those_of_a_loop(model, looped, batch_size):
     found = jax.jit(lambda gates: importance.ablations(model.loss, gates, batch_size=batch_size))(model.gates)
-    assert isinstance(found, translator.Gates) and by_head(found.cross).shape == (3 * model.config.num_heads, B)
+    assert isinstance(found, PerAttention) and by_head(found.cross).shape == (3 * model.config.num_heads, B)
     np.testing.assert_allclose(by_head(found), looped, rtol=1e-5)
     assert np.std(looped, axis=0).min() > 0.1  # a swapped head would be seen
 
@@ -102,10 +105,8 @@ def test_all_ablations_are_those_of_a_loop(model, looped, batch_size):
 def test_sharing_work_changes_no_number(model, looped, batch_size):
     @jax.jit
     def at_once(params):
-        return ablation.of_translator(
-            params, model.source, model.target, model.config, model.readout,
-            source_lengths=LENGTHS, batch_size=batch_size,
-        )  # fmt: skip
+        stages = translator.stages(params, model.source, model.target, model.config, source_lengths=LENGTHS)
+        return ablation.of_stages(stages, model.readout, batch_size=batch_size)
 
     np.testing.assert_allclose(by_head(at_once(model.params)), looped, rtol=1e-5)
 
@@ -125,22 +126,23 @@ def test_the_layers_of_a_language_model(quick_compiles):
     }
     readout = lambda features: jnp.sum(features**3, axis=(-2, -1))  # noqa: E731
     run = partial(transformer.apply, params.stack, x, config, **given)
-    expected = importance.ablations(lambda g: readout(run(gates=block.Gates(g))), jnp.ones((2, 3)))
-    found = jax.jit(lambda x: ablation.of_stack(params.stack, x, config, readout, **given))(x)
-    assert found.attention is not None and found.cross is None
-    np.testing.assert_allclose(found.attention, expected, rtol=2e-5)
+    expected = importance.ablations(lambda g: readout(run(gates=PerAttention(attention=g))), jnp.ones((2, 3)))
+    stage = transformer.Stage(params.stack, config, x, given, {"attention": "self"})
+    found = jax.jit(lambda x: ablation.of_stages([stage._replace(x=x)], readout))(x)
+    assert list(found) == ["self"]
+    np.testing.assert_allclose(found.self, expected, rtol=2e-5)
 
 
 def test_lost_is_a_difference_per_token():
     full, tokens = jnp.array([1.0, 2, 4]), np.array([2, 1, 5])
-    without = block.Gates(full[:, None] + jnp.arange(10.0).reshape(5, 1, 2))  # [L, B, N]
+    without = PerAttention(attention=full[:, None] + jnp.arange(10.0).reshape(5, 1, 2))  # [L, B, N]
     tally = importance.lost(without, full, tokens=tokens).attention
     np.testing.assert_allclose(tally.total, np.broadcast_to(np.arange(10.0).reshape(5, 1, 2), (5, 3, 2)))
     np.testing.assert_allclose(tally.count, tokens[:, None])
     assert not np.any(tally.baseline) and tally.baseline.shape == tally.total.shape
     assert importance.lost(without, full).attention.count.tolist() == [[1], [1], [1]]
     np.testing.assert_array_equal(
-        importance.ranking(block.Gates(tally, tally)), np.argsort([*range(10)] * 2, kind="stable")
+        importance.ranking(PerAttention(attention=tally, cross=tally)), np.argsort([*range(10)] * 2, kind="stable")
     )
 
 
@@ -335,8 +337,8 @@ def test_a_loss_that_is_one_number_is_refused(name):
 
 @pytest.mark.slow
 def test_what_a_stack_does_not_take(model):
-    stack, config = model.params.encoder, model.config.encoder
-    with pytest.raises(ValueError, match=r"ablation.of_stack: x must be \[B, T, D=12\], got \(5, 12\)"):
-        ablation.of_stack(stack, jnp.ones((5, 12)), config, jnp.sum)
+    stage = translator.stages(model.params, model.source[0], model.target[0], model.config)[0]
+    with pytest.raises(ValueError, match=r"ablation.of_stages: x of a stage must be \[B, T, D=12\], got \(5, 12\)"):
+        ablation.of_stages([stage], jnp.sum)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        ablation.of_stack(stack, jnp.ones((2, 5, 12)), config, jnp.sum, batch_size=0)
+        ablation.of_stages([stage], jnp.sum, batch_size=0)

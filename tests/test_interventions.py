@@ -10,7 +10,8 @@ import pytest
 from reference import numbers, random_params
 from tiers import tiered
 
-from mhajax import attention, block, interventions, language_model, masks, translator
+from mhajax import attention, interventions, language_model, masks, translator
+from mhajax.attentions import PerAttention
 from mhajax.interventions import Intervention, Patch
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -250,7 +251,7 @@ def test_all_ablations_are_one_vmap(lm):
     @jax.jit
     def one(amount):
         traces.append(1)
-        return language_model.apply(lm, TOKENS, LM, interventions=block.Interventions(interventions.uniform(amount)))
+        return language_model.apply(lm, TOKENS, LM, interventions=PerAttention(attention=interventions.uniform(amount)))
 
     amounts = np.eye(L * N, dtype=np.float32).reshape(L * N, L, N)
     every = jax.jit(jax.vmap(one))(amounts)
@@ -264,8 +265,8 @@ def test_all_ablations_are_one_vmap(lm):
 
 @pytest.mark.slow
 def test_a_cache_with_an_intervention_gives_what_the_whole_text_gives(lm):
-    changed = block.Interventions(
-        interventions.uniform(np.eye(L * N).reshape(L * N, L, N)[5])._replace(gates=numbers(4, L, N))
+    changed = PerAttention(
+        attention=interventions.uniform(np.eye(L * N).reshape(L * N, L, N)[5])._replace(gates=numbers(4, L, N))
     )
     whole = language_model.apply(lm, TOKENS, LM, interventions=changed)
     state = language_model.init_cache((B,), 8, LM)
@@ -285,8 +286,8 @@ def test_the_three_attentions_of_a_translator_are_changed_each():
     plain = run(params, TOKENS, TOKENS)
     for kind, layers in (("encoder", 2), ("decoder", L), ("cross", L)):
         off = np.arange(layers * N).reshape(layers, N) == 3
-        zeroed = translator.Interventions()._replace(**{kind: interventions.zero(off)})
-        gated = translator.Gates()._replace(**{kind: 1.0 - off})
+        zeroed = PerAttention(**{kind: interventions.zero(off)})
+        gated = PerAttention(**{kind: 1.0 - off})
         out = run(params, TOKENS, TOKENS, interventions=zeroed)
         np.testing.assert_allclose(out, run(params, TOKENS, TOKENS, gates=gated), rtol=1e-4, atol=1e-5)
         assert np.max(np.abs(out - plain)) > 1e-3
@@ -304,7 +305,7 @@ def test_no_intervention_leaves_no_trace(lm):
     def lowered_model(**options):
         return jax.jit(lambda t: language_model.apply(lm, t, LM, **options)).lower(TOKENS).as_text()
 
-    assert lowered_model(interventions=block.Interventions(), kernel="auto") == lowered_model()
+    assert lowered_model(interventions=PerAttention(), kernel="auto") == lowered_model()
 
 
 def lm_with(**interventions: Any) -> Any:
@@ -336,7 +337,7 @@ ERRORS: Any = {
     "name": (lambda: interventions.patched("edges", 0.0), ValueError, ("queries, keys", "'edges'")),
     "no examples": (lambda: interventions.mean(np.zeros((N, T, HV))), ValueError, ("[B, N, T, Hv]", "(4, 29, 5)")),
     "stacked for other layers": (
-        lambda: lm_with(interventions=block.Interventions(interventions.zero(np.ones((2, N))))),
+        lambda: lm_with(interventions=PerAttention(attention=interventions.zero(np.ones((2, N))))),
         ValueError,
         ("num_layers=3", "[2, 3]"),
     ),

@@ -15,7 +15,7 @@ from flax.errors import InvalidRngError, ScopeParamShapeError
 from tiers import tiered
 
 from mhajax import attention, language_model, linen, masks, translator
-from mhajax.block import Gates
+from mhajax.attentions import PerAttention
 from mhajax.tree import to_dict
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -79,7 +79,7 @@ def test_paths_and_heads():
     params: Any = jax.eval_shape(linen.Translator(MT).init, jax.random.key(0), SOURCE, TARGET)["params"]
     assert params["encoder"]["layers"]["attention"]["w_q"].shape == (3, N, D, H)
     assert params["decoder"]["layers"]["cross"]["w_o"].shape == (2, N, HV, D)
-    assert params["embedding"].shape == (V, D)
+    assert params["embedding"]["tokens"].shape == (V, D)
 
 
 @pytest.mark.slow
@@ -155,10 +155,10 @@ def test_options_pass_through():
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("language_model", {"gates": Gates(jnp.zeros((2, N)))}),
+        ("language_model", {"gates": PerAttention(attention=jnp.zeros((2, N)))}),
         ("language_model", {"mask": masks.lengths(jnp.array([2, 4]))}),
         ("translator", {"source_lengths": jnp.array([2, 6])}),
-        ("translator", {"gates": translator.Gates(cross=jnp.zeros((2, N)))}),
+        ("translator", {"gates": PerAttention(cross=jnp.zeros((2, N)))}),
     ],
 )
 def test_options_of_the_models_pass_through(name, options):
@@ -230,7 +230,7 @@ def test_parameters_of_another_config_are_refused():
     deeper = numbers(language_model, replace(LM, num_layers=3))
     with pytest.raises(ScopeParamShapeError, match="stack"):
         linen.LanguageModel(LM).apply({"params": to_dict(deeper)}, TARGET)
-    ungated = numbers(language_model, replace(LM, activation="gelu"))
+    ungated = numbers(language_model, replace(LM, activation="gelu_tanh"))
     with pytest.raises(ValueError, match=r"stack\.layers\.mlp must hold .*w_gate"):
         linen.functional(linen.LanguageModel(LM), to_dict(ungated))
 

@@ -2,16 +2,18 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from reference import enable_x64, multi_head_attention, numbers, random_params
 from tiers import tiered
 
 from mhajax import attention, block, language_model, masks, mlp, norm, transformer, translator
+from mhajax.attentions import PerAttention
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -68,13 +70,13 @@ def test_models_are_what_their_parts_say():
     plain = {"activation": "relu", "positions": "none"}
     config = dataclasses.replace(LM, **plain)
     params = random_params(language_model.init_params, config)
-    table = np.asarray(params.embedding, np.float64)
+    table = np.asarray(params.embedding.tokens, np.float64)
     x = by_hand(params.stack, table[TOKENS] * np.sqrt(D), config, causal=True)
     close(apply_lm(params, TOKENS, config), x @ table.T, atol=2e-5)
 
     config = dataclasses.replace(MT, **plain)
     params = random_params(translator.init_params, config)
-    table = np.asarray(params.embedding, np.float64)
+    table = np.asarray(params.embedding.tokens, np.float64)
     memory = by_hand(params.encoder, table[SOURCE] * np.sqrt(D), config.encoder)
     x = by_hand(params.decoder, table[TOKENS] * np.sqrt(D), config.decoder, memory, causal=True)
     close(apply_mt(params, SOURCE, TOKENS, config), x @ table.T, atol=2e-5)
@@ -180,7 +182,7 @@ def test_the_program_is_as_long_for_six_layers_as_for_two():
 
 @pytest.mark.slow
 def test_gates_are_those_of_each_layer_and_head(lm, mt):
-    ones = block.Gates(jnp.ones((L, N)))
+    ones = PerAttention(attention=jnp.ones((L, N)))
     out = apply_lm(lm, TOKENS, LM)
     close(apply_lm(lm, TOKENS, LM, gates=ones), out)
     one_off = jnp.ones((L, N)).at[1, 4].set(0)
@@ -188,14 +190,14 @@ def test_gates_are_those_of_each_layer_and_head(lm, mt):
     w_o[1, 4] = 0  # the same head, silenced by its parameters
     layers = lm.stack.layers._replace(attention=lm.stack.layers.attention._replace(w_o=w_o))
     silenced = lm._replace(stack=lm.stack._replace(layers=layers))
-    gated = apply_lm(lm, TOKENS, LM, gates=block.Gates(one_off))
+    gated = apply_lm(lm, TOKENS, LM, gates=PerAttention(attention=one_off))
     close(gated, apply_lm(silenced, TOKENS, LM))
     assert np.max(np.abs(gated - out)) > 1e-2
     per_example = jnp.stack([jnp.ones((L, N)), one_off], axis=1)  # [L, B, N]
-    close(apply_lm(lm, TOKENS, LM, gates=block.Gates(per_example)), np.stack([out[0], gated[1]]))
+    close(apply_lm(lm, TOKENS, LM, gates=PerAttention(attention=per_example)), np.stack([out[0], gated[1]]))
 
     full = apply_mt(mt, SOURCE, TOKENS, MT)
-    ones = translator.Gates(jnp.ones((2, N)), jnp.ones((L, N)), jnp.ones((L, N)))
+    ones = PerAttention(encoder=jnp.ones((2, N)), decoder=jnp.ones((L, N)), cross=jnp.ones((L, N)))
     close(apply_mt(mt, SOURCE, TOKENS, MT, gates=ones), full)
     for name, part in (("encoder", mt.encoder), ("decoder", mt.decoder), ("cross", mt.decoder)):
         off = getattr(ones, name).at[0, 1].set(0)
@@ -276,16 +278,16 @@ def test_no_dropout_leaves_no_trace():
         return jax.jit(function).lower(params).as_text()
 
     assert lowered(dataclasses.replace(LM, dropout=0.3, attention_dropout=0.3)) == lowered(LM)
-    assert lowered(LM, gates=block.Gates()) == lowered(LM)
+    assert lowered(LM, gates=PerAttention()) == lowered(LM)
 
 
 @pytest.mark.slow
 def test_one_table_embeds_and_gives_the_logits(lm):
     features = jax.jit(language_model.features, static_argnames="config")(lm, TOKENS, LM)
-    close(apply_lm(lm, TOKENS, LM), features @ lm.embedding.T)
+    close(apply_lm(lm, TOKENS, LM), features @ lm.embedding.tokens.T)
     unused = np.setdiff1d(np.arange(V), TOKENS)[0]
     loss = lambda table: jnp.sum(language_model.apply(lm._replace(embedding=table), TOKENS, LM)[..., 0])  # noqa: E731
-    gradient = np.abs(jax.jit(jax.grad(loss))(lm.embedding)).max(-1)
+    gradient = np.abs(jax.jit(jax.grad(loss))(lm.embedding.tokens)).max(-1)
     assert np.all(gradient[np.unique(TOKENS)] > 0) and gradient[0] > 0
     assert unused == 0 or gradient[unused] == 0
 
@@ -305,27 +307,34 @@ def test_half_precision_is_finite_and_near(lm, mt):
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_norms(kind):
     x = numbers(0, 3, D) + 2
-    params = random_params(lambda key, config: norm.init_params(D, kind), None)
+    config = norm.Config(d_model=D, norm=kind, norm_epsilon=0.5)
+    params = random_params(norm.init_params, config)
     centred = np.float64(x) - (np.mean(x, -1, keepdims=True) if kind == "layer" else 0)
-    expected = centred / np.sqrt(np.mean(centred**2, -1, keepdims=True)) * params.scale
-    close(norm.apply(params, x), expected + (0 if params.shift is None else params.shift))
-    assert norm.apply(params, jnp.bfloat16(x)).dtype == jnp.bfloat16
+    expected = centred / np.sqrt(np.mean(centred**2, -1, keepdims=True) + 0.5) * params.scale
+    close(norm.apply(params, x, config), expected + (0 if params.shift is None else params.shift))
+    assert norm.apply(params, jnp.bfloat16(x), config).dtype == jnp.bfloat16
     assert (params.shift is None) == (kind == "rms")
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
-def test_feed_forward(activation):
-    config = mlp.Config(d_model=D, activation=activation)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", get_args(mlp.Activation))
+def test_feed_forward(activation, bias):
+    config = mlp.Config(d_model=D, activation=activation, mlp_bias=bias)
     params = random_params(mlp.init_params, config)
-    assert params.w_in.shape == (D, 4 * D) and (params.w_gate is None) == (activation != "swiglu")
+    gated = activation in ("reglu", "geglu", "geglu_tanh", "swiglu")
+    assert params.w_in.shape == (D, 4 * D) and (params.w_gate is not None) == gated
+    assert (params.b_in is None) == (params.b_out is None) == (not bias)
     x = numbers(0, 3, D)
-    before = np.float64(x) @ params.w_in + params.b_in
+    before = np.float64(x) @ params.w_in + (params.b_in if bias else 0)
     bend = {
         "relu": lambda a: np.maximum(a, 0),
-        "gelu": lambda a: 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))),
-        "swiglu": lambda a: a / (1 + np.exp(-a)) * (x @ params.w_gate),
+        "gelu": lambda a: a * scipy.stats.norm.cdf(a),
+        "gelu_tanh": lambda a: 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))),
+        "silu": lambda a: a / (1 + np.exp(-a)),
     }
-    close(mlp.apply(params, x, config), bend[activation](before) @ params.w_out + params.b_out)
+    of_gate = {"reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu"}
+    hidden = bend[of_gate.get(activation, activation)](before) * (x @ params.w_gate if gated else 1)
+    close(mlp.apply(params, x, config), hidden @ params.w_out + (params.b_out if bias else 0))
 
 
 @pytest.mark.slow
@@ -333,8 +342,8 @@ def test_feed_forward(activation):
 def test_norm_and_feed_forward_have_the_derivative_of_their_value(part):
     """Both modes against central differences in float64: some of their derivatives are written by hand."""
     apply, params = {
-        "rms": lambda: (norm.apply, random_params(lambda key, config: norm.init_params(D, "rms"), None)),
-        "layer": lambda: (norm.apply, random_params(lambda key, config: norm.init_params(D, "layer"), None)),
+        "rms": lambda: normalisation("rms"),
+        "layer": lambda: normalisation("layer"),
         "gelu": lambda: feed_forward("gelu"),
         "swiglu": lambda: feed_forward("swiglu"),
     }[part]()
@@ -349,6 +358,11 @@ def test_norm_and_feed_forward_have_the_derivative_of_their_value(part):
         backward = sum(np.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (gradient, along)), strict=True))
         forward = jax.jit(lambda: jax.jvp(value, (at,), (along,))[1])()
     np.testing.assert_allclose([backward, forward], slope, rtol=1e-6)
+
+
+def normalisation(kind):
+    config = norm.Config(d_model=D, norm=kind)
+    return partial(norm.apply, config=config), random_params(norm.init_params, config)
 
 
 def feed_forward(activation):
@@ -418,7 +432,7 @@ ERRORS = {
     "activation": (
         lambda: mlp.Config(d_model=6, activation="tanh"),  # pyright: ignore[reportArgumentType]
         ValueError,
-        ("activation must be one of relu, gelu, swiglu, got 'tanh'",),
+        ("activation must be one of relu, gelu, gelu_tanh, silu, reglu, geglu, geglu_tanh, swiglu, got 'tanh'",),
     ),
     "dropout": (lambda: dataclasses.replace(LM, dropout=1.0), ValueError, ("dropout must be in [0, 1), got 1.0",)),
     "dropout of weights": (

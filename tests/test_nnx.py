@@ -16,7 +16,7 @@ from tiers import tiered
 
 from mhajax import attention, language_model, masks, translator
 from mhajax import nnx as modules
-from mhajax.block import Gates
+from mhajax.attentions import PerAttention
 from mhajax.tree import to_dict
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -172,10 +172,10 @@ def test_features(name):
     [
         ("attention", {"mask": masks.lengths(jnp.array([2, 4]))}),
         ("attention", {"gates": jnp.arange(N) / 3}),
-        ("language_model", {"gates": Gates(jnp.zeros((2, N)))}),
+        ("language_model", {"gates": PerAttention(attention=jnp.zeros((2, N)))}),
         ("language_model", {"mask": masks.lengths(jnp.array([2, 4]))}),
         ("translator", {"source_lengths": jnp.array([2, 6])}),
-        ("translator", {"gates": translator.Gates(cross=jnp.zeros((2, N)))}),
+        ("translator", {"gates": PerAttention(cross=jnp.zeros((2, N)))}),
     ],
 )
 def test_options_pass_through(name, options):

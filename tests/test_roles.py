@@ -222,7 +222,7 @@ def _weights_of(head):
 
 def _table():
     _, params = circuits.induction_model()
-    return np.asarray(params.embedding)
+    return np.asarray(params.embedding.tokens)
 
 
 def test_copying_heads_copy():

@@ -9,7 +9,8 @@ import pytest
 import reference
 from tiers import tiered
 
-from mhajax import attention, block, language_model, masks, positions, transformer, translator
+from mhajax import attention, language_model, masks, positions, transformer, translator
+from mhajax.attentions import PerAttention
 from mhajax.heads import surgery
 
 D, H, HV, T, S = 11, 4, 3, 5, 7
@@ -127,10 +128,15 @@ def random_keep(seed, layers, most):
 
 
 MODELS = {
-    "stack": (lambda: a_stack(False), block.Gates(random_keep(0, 3, 2))),
-    "stack, cross": (lambda: a_stack(True), block.Gates(random_keep(1, 3, 2), random_keep(2, 3, 2))),
-    "language model": (a_language_model, block.Gates(random_keep(3, 3, 2))),
-    "translator": (a_translator, translator.Gates(*(random_keep(n, 2 + (n == 4), 2) for n in (4, 5, 6)))),
+    "stack": (lambda: a_stack(False), PerAttention(attention=random_keep(0, 3, 2))),
+    "stack, cross": (lambda: a_stack(True), PerAttention(attention=random_keep(1, 3, 2), cross=random_keep(2, 3, 2))),
+    "language model": (a_language_model, PerAttention(attention=random_keep(3, 3, 2))),
+    "translator": (
+        a_translator,
+        PerAttention(
+            **{name: random_keep(n, 2 + (n == 4), 2) for name, n in zip(translator.NAMES, (4, 5, 6), strict=True)}
+        ),
+    ),
 }
 
 
@@ -140,11 +146,10 @@ def test_pruned_models_are_gated_ones(name, quick_compiles):
     make, keep = MODELS[name]
     params, config, run = make()
     run = jax.jit(run, static_argnums=1)
-    ones = type(keep)(*(None if k is None else np.ones(k.shape, np.float32) for k in keep))
-    gated = run(params, config, type(keep)(*(None if k is None else k.astype(np.float32) for k in keep)))
+    ones = jax.tree.map(lambda k: np.ones(k.shape, np.float32), keep)
+    gated = run(params, config, jax.tree.map(np.float32, keep))
     smaller, shape = surgery.prune(params, config, keep)
-    unchanged = type(keep)(*(None for _ in keep))
-    np.testing.assert_allclose(run(smaller, shape, unchanged), gated, **BIG)
+    np.testing.assert_allclose(run(smaller, shape, PerAttention()), gated, **BIG)
     assert np.abs(gated - run(params, config, ones)).max() > 1e-3
     attentions = 3 if name in ("stack", "language model") else 6 if name == "stack, cross" else 3 + 2 * 2
     kind = {"d_model": 12, "width": 4, "value_width": 4}
@@ -152,8 +157,8 @@ def test_pruned_models_are_gated_ones(name, quick_compiles):
     one_less = (4 - shape.num_heads) * 2 + (2 - shape.kv_heads) * 2  # arrays of 12 × 4
     assert weights(params) - weights(smaller) == attentions * one_less * 48 > 0
     where = surgery.places(params, config, keep)
-    for kept, of_layers in zip(keep, where, strict=True):
-        for row, places in zip(kept, of_layers, strict=True) if kept is not None else ():
+    for name, kept in keep.items():
+        for row, places in zip(kept, where[name], strict=True):
             assert sorted(p for p in places.tolist() if p >= 0) == np.flatnonzero(row).tolist()
 
 
@@ -162,15 +167,17 @@ def test_order_changes_nothing_in_models(name, quick_compiles):
     make, keep = MODELS[name]
     params, config, run = make()
     random = np.random.default_rng(7)
-    orders = []
-    for kept in keep:
+
+    def shuffled(kept):
         groups = np.stack([random.permutation(2) for _ in kept])
         inside = np.stack([[random.permutation(2) for _ in range(2)] for _ in kept])
-        orders.append((2 * groups[..., None] + inside).reshape(len(kept), 4))
-    gates = type(keep)(*(random.random(k.shape).astype(np.float32) for k in keep))
-    moved = type(keep)(*(np.take_along_axis(g, o, -1) for g, o in zip(gates, orders, strict=True)))
+        return (2 * groups[..., None] + inside).reshape(len(kept), 4)
+
+    orders = jax.tree.map(shuffled, keep)
+    gates = jax.tree.map(lambda k: random.random(k.shape).astype(np.float32), keep)
+    moved = jax.tree.map(lambda g, o: np.take_along_axis(g, o, -1), gates, orders)
     run = jax.jit(run, static_argnums=1)
-    permuted = surgery.permute(params, type(keep)(*orders))
+    permuted = surgery.permute(params, orders)
     np.testing.assert_allclose(run(permuted, config, moved), run(params, config, gates), **BIG)
     assert np.abs(run(permuted, config, gates) - run(params, config, gates)).max() > 1e-4
 
@@ -193,9 +200,9 @@ def test_transplanted_heads_add_what_they_added():
 
 
 def test_transplants_between_models_move_the_heads_that_were_named():
-    (one, config, _), keep = a_translator(), MODELS["translator"][1]
+    one, config, _ = a_translator()
     two = reference.random_params(translator.init_params, config, 9)
-    heads = keep._replace(encoder=None, decoder=np.array([[True] * 4, [False] * 4]), cross=np.zeros((2, 4), bool))
+    heads = PerAttention(decoder=np.array([[True] * 4, [False] * 4]), cross=np.zeros((2, 4), bool))
     both = surgery.transplant(one, two, heads)
     np.testing.assert_array_equal(both.decoder.layers.attention.w_k[0], two.decoder.layers.attention.w_k[0])
     rest = both._replace(decoder=one.decoder)
@@ -220,7 +227,7 @@ def test_grouped_models_run(quick_compiles):
     params, config, run = a_translator()
     grouped, shape = surgery.group_kv(params, config, 1)
     assert grouped.encoder.layers.attention.w_k.shape == (3, 1, 12, 4)
-    assert run(grouped, shape, translator.Gates()).shape == (2, 3, 9)
+    assert run(grouped, shape, PerAttention()).shape == (2, 3, 9)
 
 
 def duplicated(num_kv_heads=None, **options):
@@ -280,13 +287,13 @@ def test_models_merge_layer_by_layer(quick_compiles):
     found = jax.tree.map(jnp.asarray, params.stack.layers.attention)
     alike = found._replace(w_q=found.w_q.at[1, 1].set(found.w_q[1, 0]))  # layer 1: heads 0 and 1 share their keys too
     params = params._replace(stack=params.stack._replace(layers=params.stack.layers._replace(attention=alike)))
-    merged, shape, (lost,) = surgery.merge(params, config, block.Gates([[], [(0, 1)], []]))
+    merged, shape, (lost,) = surgery.merge(params, config, PerAttention(attention=[[], [(0, 1)], []]))
     assert (lost.attention, lost.layer, lost.heads, shape.num_heads) == ("attention", (1,), (0, 1), 4)
     np.testing.assert_allclose(
-        run(merged, shape, block.Gates()), run(params, config, block.Gates()), rtol=1e-5, atol=1e-5
+        run(merged, shape, PerAttention()), run(params, config, PerAttention()), rtol=1e-5, atol=1e-5
     )
     with pytest.raises(ValueError, match=r"sets.attention must have a list for each of 3 layers, got 1"):
-        surgery.merge(params, config, block.Gates([[(0, 1)]]))
+        surgery.merge(params, config, PerAttention(attention=[[(0, 1)]]))
 
 
 PARAMS, CONFIG = made(6, 3)
@@ -302,15 +309,15 @@ STACK = reference.random_params(transformer.init_params, STACK_CONFIG)
         (ValueError, lambda: surgery.prune(PARAMS, CONFIG, np.ones(5, bool)), r"must be \[N\] = \(6,\), got \(5,\)"),
         (TypeError, lambda: surgery.prune(PARAMS, CONFIG, np.ones(6)), r"write gates > 0.5"),
         (ValueError, lambda: surgery.prune(PARAMS, made(4)[1], [0]), r"\(N, D, H, K, Hv\) = \(4, 11, 4, 4, 3\), got"),
-        (TypeError, lambda: surgery.prune(STACK, STACK_CONFIG, np.ones((3, 4), bool)), r"must be Gates\(attention=…\)"),
+        (TypeError, lambda: surgery.prune(STACK, STACK_CONFIG, np.ones((3, 4), bool)), r"must be a PerAttention"),
         (
             ValueError,
-            lambda: surgery.prune(STACK, STACK_CONFIG, block.Gates(None, np.ones((3, 4), bool))),
-            r"given for cross, but params have no such attention",
+            lambda: surgery.prune(STACK, STACK_CONFIG, PerAttention(cross=np.ones((3, 4), bool))),
+            r"any of the attentions attention, got cross",
         ),
         (
             ValueError,
-            lambda: surgery.prune(STACK, STACK_CONFIG, block.Gates(np.ones(4, bool))),
+            lambda: surgery.prune(STACK, STACK_CONFIG, PerAttention(attention=np.ones(4, bool))),
             r"keep.attention must be \[L, N\] = \(3, 4\), got \(4,\)",
         ),
         (TypeError, lambda: surgery.prune(STACK.norm, STACK_CONFIG, []), r"params must be the Params of attention"),

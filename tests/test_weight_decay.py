@@ -41,7 +41,7 @@ def test_of_a_language_model(layers):
     matrices, spared = of_stack("stack", cross=False)
     assert len(spared) == 12
     for tree in (params, to_dict(params)):
-        assert names(decayed(tree), True) == matrices | {"embedding"}
+        assert names(decayed(tree), True) == matrices | {"embedding.tokens"}
         assert names(decayed(tree), False) == spared
 
 
@@ -53,7 +53,7 @@ def test_of_a_translator_and_of_its_flax_module():
     params = jax.eval_shape(lambda: translator.init_params(jax.random.key(0), config))
     (encoder, spared), (decoder, also) = of_stack("encoder", cross=False), of_stack("decoder", cross=True)
     for tree in (params, module):
-        assert names(decayed(tree), True) == encoder | decoder | {"embedding"}
+        assert names(decayed(tree), True) == encoder | decoder | {"embedding.tokens"}
         assert names(decayed(tree), False) == spared | also
 
 

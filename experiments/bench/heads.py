@@ -1,7 +1,7 @@
 """What is done with heads, and what it costs.
 
 "remove each head": the losses without each head of an encoder of six layers of 16 heads, one at a time. "ours" is
-`heads.ablation.of_stack`; "lifted" is `heads.importance.ablations`, which knows no model, on all heads of a layer at a
+`heads.ablation.of_stages`; "lifted" is `heads.importance.ablations`, which knows no model, on all heads of a layer at a
 time; "loop" is a Python loop over the heads around one jitted forward pass with gates and unrolled layers. The loss is
 the square of a fixed projection of the output, which costs next to nothing.
 
@@ -89,10 +89,15 @@ def _encoder(case: Case) -> tuple[Any, Any, Any, Callable]:
 
 
 def _each_ours(case: Case) -> Ready:
+    from mhajax import transformer
     from mhajax.heads import ablation
 
     config, params, x, readout = _encoder(case)
-    removals = lambda params, x: ablation.of_stack(params, x, config, readout).attention  # noqa: E731
+
+    def removals(params, x):
+        stage = transformer.Stage(params, config, x, {}, {"attention": "attention"})
+        return ablation.of_stages([stage], readout).attention
+
     return jax_ready(removals, (params, x), lambda losses: [np.asarray(losses)])
 
 
@@ -123,10 +128,13 @@ def _each_in_a_loop(case: Case) -> Ready:
 
 def _gated(case: Case) -> tuple[Callable, tuple]:
     """The losses [B] as a function of (params, x, gates [L, N]), and its first arguments."""
-    from mhajax import block, transformer
+    from mhajax import PerAttention, transformer
 
     config, params, x, readout = _encoder(case)
-    losses = lambda params, x, gates: readout(transformer.apply(params, x, config, gates=block.Gates(gates)))  # noqa: E731
+
+    def losses(params, x, gates):
+        return readout(transformer.apply(params, x, config, gates=PerAttention(attention=gates)))
+
     return losses, (params, x)
 
 

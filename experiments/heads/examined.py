@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from experiments.data import batches, corpora
 from experiments.data.grammar import Pair
 from experiments.data.vocabulary import Vocabulary
 from experiments.heads import gold
-from mhajax import block, embedding, language_model, masks, translator
+from mhajax import embedding, language_model, translator
 from mhajax.heads import ablation
 
 
@@ -92,11 +92,11 @@ class Examined(NamedTuple):
     sequence: str
     batches: list[Any]
     index: Callable[[Any], np.ndarray]
-    capture: Callable[[Any, Any, Sequence[str]], dict[str, dict[str, Array]]]
+    capture: Callable[[Any, Any, Sequence[str]], Mapping[str, dict[str, Array]]]
     visible: Callable[[Any], dict[str, np.ndarray]]
     tokens: Callable[[Any], dict[str, tuple[np.ndarray, np.ndarray]]]
     losses: Callable[[Any, Any, dict[str, Array]], Array]
-    ablated: Callable[[Any, Any, Callable[[Array], Array]], dict[str, Array]]
+    ablated: Callable[[Any, Any, Callable[[Array], Array]], Mapping[str, Array]]
     predicted: Callable[[Any], np.ndarray]
     categories: tuple[str, ...]
     right: Callable[[Any], dict[str, np.ndarray]]
@@ -140,10 +140,9 @@ def of_translator(config: Translation, corpus: corpora.ParallelCorpus, words: Vo
         return [None if annotated is None or n < 0 else annotated[n] for n in batch.index]
 
     def capture(params, batch, names):
-        seen = translator.apply_captured(
+        return translator.apply_captured(
             params, batch.source, batch.target[:, :-1], shape, source_lengths=batch.source_lengths, capture=names
         )[1]
-        return seen._asdict()
 
     def visible(batch) -> dict[str, np.ndarray]:
         source = np.arange(batch.source.shape[1]) < batch.source_lengths[:, None]
@@ -167,15 +166,16 @@ def of_translator(config: Translation, corpus: corpora.ParallelCorpus, words: Vo
     def losses(params, batch, gates):
         features = translator.features(
             params, batch.source, batch.target[:, :-1], shape,
-            source_lengths=batch.source_lengths, gates=translator.Gates(**gates),
+            source_lengths=batch.source_lengths, gates=gates,
         )  # fmt: skip
-        return _nats(params, features, batch.target[:, 1:])
+        return _nats(params.embedding.tokens, features, batch.target[:, 1:])
 
     def ablated(params, batch, sums):
-        readout = lambda features: sums(_nats(params, features, batch.target[:, 1:]))  # noqa: E731
-        return ablation.of_translator(
-            params, batch.source, batch.target[:, :-1], shape, readout, source_lengths=batch.source_lengths
-        )._asdict()
+        readout = lambda features: sums(_nats(params.embedding.tokens, features, batch.target[:, 1:]))  # noqa: E731
+        stages = translator.stages(
+            params, batch.source, batch.target[:, :-1], shape, source_lengths=batch.source_lengths
+        )
+        return ablation.of_stages(stages, readout)
 
     def sentence(batch, row: int) -> Sentence:
         number = int(batch.index[row])
@@ -231,21 +231,14 @@ def of_language_model(
         return {"self": language_model.apply_captured(params, batch.tokens[:, :-1], shape, capture=names)[1].attention}
 
     def losses(params, batch, gates):
-        features = language_model.features(
-            params, batch.tokens[:, :-1], shape, gates=block.Gates(attention=gates["self"])
-        )
-        return _nats(params, features, batch.tokens[:, 1:])
+        gates = {"attention": gates["self"]}
+        features = language_model.features(params, batch.tokens[:, :-1], shape, gates=gates)
+        return _nats(params.table, features, batch.tokens[:, 1:])
 
     def ablated(params, batch, sums) -> dict[str, Any]:
-        places = jnp.arange(length)
-        x = embedding.embed(params.embedding, batch.tokens[:, :-1], places, shape.positions)
-        readout = lambda features: sums(_nats(params, features, batch.tokens[:, 1:]))  # noqa: E731
-        return {
-            "self": ablation.of_stack(
-                params.stack, x, shape, readout,
-                mask=masks.causal(), positions=places, rotate=embedding.rotation(shape.positions),
-            ).attention
-        }  # fmt: skip
+        readout = lambda features: sums(_nats(params.table, features, batch.tokens[:, 1:]))  # noqa: E731
+        stages = language_model.stages(params, batch.tokens[:, :-1], shape)
+        return {"self": ablation.of_stages(stages, readout).attention}
 
     def sentence(batch, row: int) -> Sentence:
         ids = [int(token) for token in batch.tokens[row, : batch.lengths[row]]]
@@ -266,7 +259,7 @@ def of_language_model(
     )  # fmt: skip
 
 
-def _nats(params: Any, features: Array, targets: Array) -> Array:
+def _nats(table: Array, features: Array, targets: Array) -> Array:
     """-log p of every target, [B, T]."""
-    logits = embedding.logits(params.embedding, features)
+    logits = embedding.logits(table, features)
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -1,12 +1,12 @@
-"""Every head of a stack or a translator removed, one at a time, in one program in which removals share their work.
+"""Every head of a model removed, one at a time, in one program in which removals share their work.
 
 Removing head n of layer l leaves the layers below as they are, and the attention of layer l too, but for one summand:
 
-    x + Σ_m head_m w_o[m]   becomes   x + Σ_m head_m w_o[m] - head_n w_o[n]
+    y = Σ_m head_m w_o[m]   becomes   y - head_n w_o[n]
 
-So the whole stack is run once, the contribution of a head is taken away, and only what comes after it is computed
-again, for many heads of a layer at a time. That is exact, and half of the work of a whole run for every head. For any
-other model, and without that saving: `importance.ablations`.
+So the whole model is run once, the contribution of a head is taken away, and only what comes after it is computed
+again, for many heads of a layer at a time. That is exact, and half of the work of a whole run for every head. For a
+model without stages, and without that saving: `importance.ablations`.
 
 References:
   Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 3.2 (their table of removals).
@@ -14,180 +14,152 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
-from mhajax import attention, block, embedding, masks, mlp, norm, transformer, translator
+from mhajax import attention, block, norm, transformer
 from mhajax.attention import KeysValues
-from mhajax.masks import Mask
+from mhajax.attentions import PerAttention
+from mhajax.transformer import Stage
 
 
-class _Stack(NamedTuple):
-    """Layers with what they are given, the same for every layer but for its parameters and its memory."""
+class _Part(NamedTuple):
+    """An attention of a layer: x before it, its output y, and the heads [B, N, T, Hv] that y is made of."""
 
-    layers: tuple[block.Params, KeysValues | None]  # every leaf [L, ...]
-    config: transformer.Config
-    own: dict[str, Any]  # mask, positions, rotate
-    memory_mask: Mask | None
-
-
-class _Sums(NamedTuple):
-    """For the attention to x and to the memory: x after it [B, T, D], and the heads [B, N, T, Hv] that were added."""
-
-    attention: tuple[Array, Array]
-    cross: tuple[Array, Array] | None
+    x: Array
+    y: Array
+    heads: Array
 
 
-def of_stack(
-    params: transformer.Params,
-    x: Array,
-    config: transformer.Config,
-    readout: Callable[[Array], Array],
-    *,
-    memory: Array | KeysValues | None = None,
-    mask: Mask | None = None,
-    memory_mask: Mask | None = None,
-    positions: Array | None = None,
-    rotate: Callable[[Array, Array], Array] | None = None,
-    batch_size: int | None = None,
-) -> block.Gates:
-    """The losses without each head of a stack: an encoder, a decoder, the layers of a language model.
+def of_stages(
+    stages: Sequence[Stage], loss_fn: Callable[[Array], Array], *, batch_size: int | None = None
+) -> PerAttention[Array]:
+    """The losses without each head of a model.
 
     Args:
-      params, x, config: as in `transformer.run`; x is [B, T, D].
-      readout: what the stack is for: from its output [B, T, D], after the last normalisation, to the loss of every
-        sentence, [B], summed over tokens.
-      memory, mask, memory_mask, positions, rotate: as in `transformer.run`.
+      stages: of the model on its inputs, such as `language_model.stages(params, tokens, config)`; x is [B, T, D].
+      loss_fn: from the features [B, T, D] that the last stage gives to the loss of every sentence, [B], summed over
+        tokens.
       batch_size: heads of a layer that are computed together; None is all N. Memory grows with batch_size · B · T.
 
     Returns:
-      `attention` [L, B, N], the loss of sentence b without head n of layer l, and `cross`, the same for the heads of
-      the attention to the memory, or None. `importance.lost` makes them Tallies.
+      For every attention of the model [L, B, N], the loss of sentence b without head n of layer l. `importance.lost`
+      makes them Tallies.
 
     Raises:
       ValueError: if x is not [B, T, D] or batch_size is below 1; else as `transformer.run`.
 
-    >>> config = transformer.Config(d_model=8, num_heads=4, num_layers=3)
-    >>> params = transformer.init_params(jax.random.key(0), config)
-    >>> of_stack(params, jnp.ones((2, 5, 8)), config, lambda features: features.sum((1, 2))).attention.shape
+    >>> from mhajax import language_model
+    >>> config = language_model.Config(d_model=8, num_heads=4, num_layers=3, vocab_size=11)
+    >>> params = language_model.init_params(jax.random.key(0), config)
+    >>> stages = language_model.stages(params, jnp.ones((2, 5), int), config)
+    >>> of_stages(stages, lambda features: features.sum((1, 2))).attention.shape
     (3, 2, 4)
     """
-    if x.ndim != 3:
-        raise ValueError(f"ablation.of_stack: x must be [B, T, D={config.d_model}], got {x.shape}.")
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"ablation.of_stack: batch_size must be at least 1, or None for all, got {batch_size}.")
-    if memory is not None and not isinstance(memory, KeysValues):
-        memory = transformer.keys_values(params, memory, config, masked=memory_mask is not None)
-    own = {"mask": mask, "positions": positions, "rotate": rotate}
-    stack = _Stack((params.layers, memory), config, own, memory_mask)
-    _, sums = jax.lax.scan(partial(_layer, stack), x, stack.layers)
+        raise ValueError(f"ablation.of_stages: batch_size must be at least 1, or None for all, got {batch_size}.")
+    outputs: list[Array] = []
+    passes = []
+    for stage in stages:
+        if stage.x.ndim != 3:
+            raise ValueError(
+                f"ablation.of_stages: x of a stage must be [B, T, D={stage.config.d_model}], got {stage.x.shape}."
+            )
+        one = _Pass(stage, outputs)
+        x, parts = jax.lax.scan(one.layer, stage.x, one.layers)
+        passes.append((one, parts))
+        outputs.append(one.last(x))
 
-    def without(index: Array, across: bool, summed: Array, added: tuple[Array, Array]) -> Array:
-        """The losses [B] without the head whose output `added[0]` [B, T, Hv] went through `added[1]` [Hv, D]."""
-        head, w_o = added
-        x = _rest_of_layer(stack, index, summed - head @ w_o.astype(head.dtype), across=not across)
-        x = jax.lax.fori_loop(index + 1, config.num_layers, partial(_whole_layer, stack), x)
-        return readout(norm.apply(params.norm, x))
+    def loss(index: int, x: Array) -> Array:
+        """Of every sentence, if stage `index` gives x."""
+        given = [*outputs[:index], x]
+        for stage in stages[index + 1 :]:
+            given.append(transformer.run_stage(stage, given)[0])
+        return loss_fn(given[-1])
 
-    def of_layer(across: bool, layer: tuple[Array, tuple[Array, Array], Array]) -> Array:
-        index, (summed, heads), w_o = layer
-        each = (jnp.moveaxis(heads, -3, 0), w_o)  # heads [N, B, T, Hv]
-        return jax.lax.map(partial(without, index, across, summed), each, batch_size=batch_size or config.num_heads)
-
-    def of_part(across: bool, sums: tuple[Array, Array], w_o: Array) -> Array:
-        losses = jax.lax.map(partial(of_layer, across), (jnp.arange(config.num_layers), sums, w_o))  # [L, N, B]
-        return jnp.swapaxes(losses, -1, -2)
-
-    found = of_part(False, sums.attention, params.layers.attention.w_o)
-    if params.layers.cross is None or sums.cross is None:
-        return block.Gates(found)
-    return block.Gates(found, of_part(True, sums.cross, params.layers.cross.w_o))
-
-
-def of_translator(
-    params: translator.Params,
-    source: Array,
-    target: Array,
-    config: translator.Config,
-    readout: Callable[[Array], Array],
-    *,
-    source_lengths: ArrayLike | None = None,
-    batch_size: int | None = None,
-) -> translator.Gates:
-    """The losses without each head of a translator: of the encoder, the decoder, and the attention between them.
-
-    Args:
-      params, source, target, config, source_lengths: as in `translator.apply`; source is [B, S], target [B, T].
-      readout: from the features [B, T, D] of `translator.features` to the loss of every sentence, [B].
-      batch_size: as in `of_stack`.
-
-    Returns:
-      [L, B, N] for each of the three kinds of attention.
-    """
-    real = None if source_lengths is None else masks.lengths(source_lengths)
-    rotate = embedding.rotation(config.positions)
-    places = [jnp.arange(tokens.shape[-1]) for tokens in (source, target)]
-    words = [
-        embedding.embed(params.embedding, tokens, place, config.positions)
-        for tokens, place in zip((source, target), places, strict=True)
-    ]
-    reading: dict[str, Any] = {"mask": real, "positions": places[0], "rotate": rotate}
-    writing: dict[str, Any] = {"mask": masks.causal(), "memory_mask": real, "positions": places[1], "rotate": rotate}
-    memory = transformer.apply(params.encoder, words[0], config.encoder, **reading)
-
-    def decoded(memory: Array) -> Array:
-        return readout(transformer.apply(params.decoder, words[1], config.decoder, memory=memory, **writing))
-
-    encoder = of_stack(params.encoder, words[0], config.encoder, decoded, batch_size=batch_size, **reading)
-    decoder = of_stack(
-        params.decoder, words[1], config.decoder, readout, memory=memory, batch_size=batch_size, **writing
-    )
-    return translator.Gates(encoder.attention, decoder.attention, decoder.cross)
+    found = {}
+    for index, (one, parts) in enumerate(passes):
+        for name, part in parts.items():
+            losses = one.without(name, part, partial(loss, index), batch_size or one.config.num_heads)
+            found[one.stage.names[name]] = jnp.swapaxes(losses, -1, -2)
+    return PerAttention(**found)
 
 
-def _layer(stack: _Stack, x: Array, layer: tuple[block.Params, KeysValues | None]) -> tuple[Array, _Sums]:
-    params, memory = layer
-    y, seen = attention.apply_captured(
-        params.attention, norm.apply(params.attention_norm, x), stack.config, capture=("heads",), **stack.own
-    )
-    x = x + y
-    sums, across = (x, seen["heads"]), None
-    if memory is not None:
-        x, heads = _across(stack, params, memory, x)
-        across = (x, heads)
-    return _feed_forward(stack, params, x), _Sums(sums, across)
+class _Pass:
+    """A stage with its layers stacked, each with its memory, for loops that begin in the middle."""
+
+    def __init__(self, stage: Stage, outputs: Sequence[Array]):
+        self.stage, self.config = stage, stage.config
+        options = dict(stage.options)
+        self.memory_mask = options.pop("memory_mask", None)
+        self.options = options
+        memory = None
+        if stage.reads is not None:
+            masked = self.memory_mask is not None
+            memory = transformer.keys_values(stage.params, outputs[stage.reads], self.config, masked=masked)
+        self.layers: tuple[block.Params, KeysValues | None] = (stage.params.layers, memory)
+
+    def layer(self, x: Array, layer: tuple[block.Params, KeysValues | None]) -> tuple[Array, dict[str, _Part]]:
+        """A layer, and its attentions."""
+        params, memory = layer
+        given = block.before(params.attention_norm, x, self.config)
+        y, seen = attention.apply_captured(params.attention, given, self.config, capture=("heads",), **self.options)
+        parts = {"attention": _Part(x, y, seen["heads"])}
+        residual, x = x, block.after(params.attention_norm, x, y, self.config)
+        if memory is not None:
+            part = self.across(params, memory, x)
+            parts["cross"] = part
+            residual, x = x, block.after(_given(params.cross_norm), x, part.y, self.config)
+        return block.feed_forward(params, residual, x, self.config), parts
+
+    def across(self, params: block.Params, memory: KeysValues, x: Array) -> _Part:
+        y, seen = block.attend_across(params, x, memory, self.config, memory_mask=self.memory_mask, capture=("heads",))
+        return _Part(x, y, seen["heads"])
+
+    def rest(self, index: Array, name: str, x: Array, y: Array) -> Array:
+        """What a layer gives, from x before one of its attentions and the output y of that."""
+        params, memory = self.at(index)
+        residual, x = x, block.after(getattr(params, f"{name}_norm"), x, y, self.config)
+        if name == "attention" and memory is not None:
+            y = self.across(params, memory, x).y
+            residual, x = x, block.after(_given(params.cross_norm), x, y, self.config)
+        return block.feed_forward(params, residual, x, self.config)
+
+    def without(self, name: str, parts: _Part, loss: Callable[[Array], Array], batch_size: int) -> Array:
+        """The losses [L, N, B] without each head of an attention."""
+
+        def of_head(index: Array, x: Array, y: Array, removed: tuple[Array, Array]) -> Array:
+            head, w_o = removed  # [B, T, Hv] and [Hv, D]
+            x = self.rest(index, name, x, y - head @ w_o.astype(head.dtype))
+            x = jax.lax.fori_loop(index + 1, self.config.num_layers, self.whole, x)
+            return loss(self.last(x))
+
+        def of_layer(layer: tuple[Array, _Part, Array]) -> Array:
+            index, part, w_o = layer
+            each = (jnp.moveaxis(part.heads, -3, 0), w_o)  # [N, B, T, Hv] and [N, Hv, D]
+            return jax.lax.map(partial(of_head, index, part.x, part.y), each, batch_size=batch_size)
+
+        w_o = block.attentions(self.stage.params.layers)[name].w_o
+        return jax.lax.map(of_layer, (jnp.arange(self.config.num_layers), parts, w_o))
+
+    def whole(self, index: Array, x: Array) -> Array:
+        params, memory = self.at(index)
+        return block.apply(params, x, self.config, memory=memory, memory_mask=self.memory_mask, **self.options)
+
+    def last(self, x: Array) -> Array:
+        """What the stage gives, from what its last layer gives."""
+        final = self.stage.params.norm
+        return x if final is None else norm.apply(final, x, self.config)
+
+    def at(self, index: Array) -> tuple[block.Params, KeysValues | None]:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], self.layers)
 
 
-def _rest_of_layer(stack: _Stack, index: Array, x: Array, *, across: bool) -> Array:
-    """What follows the attention of a layer to x, `across` with the attention to the memory if it has one."""
-    params, memory = _layer_at(stack, index)
-    if across and memory is not None:
-        x, _ = _across(stack, params, memory, x)
-    return _feed_forward(stack, params, x)
-
-
-def _whole_layer(stack: _Stack, index: Array, x: Array) -> Array:
-    params, memory = _layer_at(stack, index)
-    return block.apply(params, x, stack.config, memory=memory, memory_mask=stack.memory_mask, **stack.own)
-
-
-def _across(stack: _Stack, params: block.Params, memory: KeysValues, x: Array) -> tuple[Array, Array]:
-    assert params.cross is not None and params.cross_norm is not None, "transformer.keys_values has refused this"
-    y, seen = attention.apply_to(
-        params.cross, norm.apply(params.cross_norm, x), memory, stack.config, mask=stack.memory_mask, capture=("heads",)
-    )
-    return x + y, seen["heads"]
-
-
-def _feed_forward(stack: _Stack, params: block.Params, x: Array) -> Array:
-    return x + mlp.apply(params.mlp, norm.apply(params.mlp_norm, x), stack.config)
-
-
-def _layer_at(stack: _Stack, index: Array) -> tuple[block.Params, KeysValues | None]:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], stack.layers)
+def _given(params: norm.Params | None) -> Any:
+    assert params is not None, "transformer.keys_values has refused a stack without cross attention"
+    return params

@@ -6,7 +6,7 @@ Three ways, each a distribution or a function of one number per head, and what p
     causal head gating   a plain gate in (0, 1), fitted twice, once pulled open and once pulled shut
     subset               exactly K heads, by a relaxed top K that sharpens as it is annealed
 
-Gates are pytrees with leaves [L, N], such as `translator.Gates`. The model is not trained here. `fit` takes any
+Gates are pytrees with leaves [L, N], such as a `PerAttention`. The model is not trained here. `fit` takes any
 optimizer with `init(params)` and `update(gradients, state, params)`, such as Optax's. All functions are pure: `jax.jit`
 and, over seeds, `jax.vmap` go around them.
 """

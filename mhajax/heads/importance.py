@@ -1,8 +1,8 @@
 """How much a loss depends on each head: removals, derivatives, and how heads depend on one another.
 
 Every function asks a `loss`, which takes gates and gives the loss of every sentence, [B], summed over its tokens. Gates
-are a pytree of factors of the heads' outputs with the heads on the last axis, such as `translator.Gates` or
-`block.Gates` with leaves [L, N]: 1 leaves a head alone, 0 removes it. What the loss computes is its own affair:
+are a pytree of factors of the heads' outputs with the heads on the last axis, such as a
+`PerAttention` with leaves [L, N]: 1 leaves a head alone, 0 removes it. What the loss computes is its own affair:
 
     def loss(gates):
         logits = translator.apply(params, source, target[:, :-1], config, gates=gates)
@@ -38,7 +38,7 @@ Loss = Callable[[Any], Array]
 def ablations(loss: Loss, gates: Any, *, batch_size: int | None = None) -> Any:
     """The losses without each head, one at a time, in one program: a Python loop over heads, lifted over their axis.
 
-    For stacks and translators of this library `ablation` gives the same in less than half of the time.
+    For models with stages `ablation` gives the same in less than half of the time.
 
     Args:
       loss: from gates to losses [B].
@@ -70,7 +70,7 @@ def lost(without: Any, full: Array, *, tokens: ArrayLike | None = None) -> Any:
     nothing.
 
     Args:
-      without: [..., B, N], from `ablations`, `ablation.of_stack` or `ablation.of_translator`.
+      without: [..., B, N], from `ablations` or `ablation.of_stages`.
       full: the losses with all heads, [B].
       tokens: how many tokens each loss is the sum over, [B]; None counts sentences, and the value is nats per sentence.
 

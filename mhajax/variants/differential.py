@@ -94,7 +94,7 @@ def apply(
     factor = jnp.exp(jnp.sum(a1 * b1, axis=-1)) - jnp.exp(jnp.sum(a2 * b2, axis=-1)) + lambda_init
     wide = jnp.promote_types(x.dtype, jnp.float32)
     heads = kept["heads"].astype(wide) - factor[:, None, None] * subtracted["heads"]
-    heads = norm.apply(norm.Params(params.scale[:, None], None), heads, epsilon=epsilon) * (1 - lambda_init)
+    heads = norm.normalise(norm.Params(params.scale[:, None], None), heads, epsilon) * (1 - lambda_init)
     if spoilt is not None and also is not None:
         spoilt = spoilt | also
     return between.combine(first, x, config, heads, spoilt, gates)

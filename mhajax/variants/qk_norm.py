@@ -76,7 +76,7 @@ def apply(
 
     def normed(scale: Array) -> Callable[[Array, Array], Array]:
         def prepare(heads: Array, positions: Array) -> Array:
-            heads = norm.apply(norm.Params(scale[:, None], None), heads, epsilon=epsilon)
+            heads = norm.normalise(norm.Params(scale[:, None], None), heads, epsilon)
             return heads if rotate is None else rotate(heads, positions)
 
         return prepare

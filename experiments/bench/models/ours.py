@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.bench.models import LEARNING_RATE, WEIGHT_DECAY, Size
-from mhajax import decoding, language_model, losses
+from mhajax import decoding, embedding, language_model, losses
 
 
 def model(size: Size, arrays: dict, *, unroll: int = 1) -> tuple[language_model.Config, language_model.Params]:
@@ -30,7 +30,7 @@ def model(size: Size, arrays: dict, *, unroll: int = 1) -> tuple[language_model.
         mlp=layers.mlp._replace(w_in=arrays["w_in"], w_out=arrays["w_out"]),
     )
     stack = params.stack._replace(layers=layers, norm=ones(params.stack.norm))
-    return config, language_model.Params(arrays["embedding"], stack)
+    return config, language_model.Params(embedding.Params(arrays["embedding"]), stack)
 
 
 def program(size: Size, arrays: dict, *, unroll: int = 1) -> tuple[Callable, Any]:
@@ -40,7 +40,7 @@ def program(size: Size, arrays: dict, *, unroll: int = 1) -> tuple[Callable, Any
 
     def loss(params, tokens):
         features = language_model.features(params, tokens[:, :-1], config)
-        return losses.linear_cross_entropy(features, params.embedding, tokens[:, 1:]).loss / tokens[:, 1:].size
+        return losses.linear_cross_entropy(features, params.table, tokens[:, 1:]).loss / tokens[:, 1:].size
 
     def step(state: Any, tokens):
         params, moments = state

@@ -2,8 +2,8 @@
 
 Every function takes the parameters of an attention, of a layer, of a stack or of a model, and changes all attentions in
 it. What it does with heads is said in the form of the gates: an array [..., N] for an attention (with any leading axes
-that its parameters have: layers, seeds), `block.Gates` of [L, N] for a stack or a language model, `translator.Gates`
-for a translator; None is an attention that is left alone. Nothing is changed in place. What is said about heads decides
+that its parameters have: layers, seeds), for a model a `PerAttention` of [L, N] by the names of its attentions; one
+that is left out is left alone. Nothing is changed in place. What is said about heads decides
 about shapes, so it must be known outside of jit.
 
 Masks, biases and score functions that differ between heads (`scores.alibi`) are the caller's: `places` says which head

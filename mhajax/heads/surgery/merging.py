@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from mhajax import attention
+from mhajax.attentions import PerAttention
 from mhajax.heads.surgery import parts, pruning
 from mhajax.heads.surgery.parts import Config, Model
 
@@ -40,7 +41,8 @@ def merge(params: Model, config: Config, sets: Any) -> tuple[Model, Config, list
       params: of an attention, a layer, a stack or a model.
       config: its shape.
       sets: heads that become one, such as [(0, 3), (4, 5, 6)], for an attention; no head twice, the others stay as
-        they are. In the form of the gates for a model, a list of them for every layer: Gates([[(0, 3)], []]).
+        they are. In the form of the gates for a model, a list of them for every layer:
+        PerAttention(attention=[[(0, 3)], []]).
 
     Returns:
       Parameters and config, as pruned by `prune`, but with a key head for every head (K = N), and what every set lost.
@@ -74,7 +76,7 @@ def merge(params: Model, config: Config, sets: Any) -> tuple[Model, Config, list
                 keep[name][layer][[head for head in heads if head != stays]] = False
                 lost.append(Lost(name, layer, heads, pattern, value))
         found[name] = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), arrays, one)
-    whole = keep.get("", None) if "" in found else type(sets)(**keep)
+    whole = keep.get("", None) if "" in found else PerAttention(**keep)
     return *pruning.prune(parts.replaced(params, found), config, whole), lost
 
 

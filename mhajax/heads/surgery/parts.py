@@ -14,6 +14,7 @@ from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from mhajax import attention
+from mhajax import attentions as per_attention
 
 Model = TypeVar("Model")  # the Params of a module that has `attentions` and `with_attentions`
 Config = TypeVar("Config", bound=attention.Config)
@@ -45,19 +46,8 @@ def asked(who: str, what: str, found: Attentions, given: Any) -> dict[str, Any]:
     """What was given for each attention; those for which it is None are left out."""
     if "" in found:
         return {"": given}
-    if not hasattr(given, "_asdict"):
-        names = ", ".join(f"{name}=…" for name in found)
-        raise TypeError(
-            f"surgery.{who}: {what} must be Gates({names}), as of block or translator, with something for each head, "
-            f"got {type(given).__name__}."
-        )
-    values = {name: value for name, value in given._asdict().items() if value is not None}
-    if unknown := sorted(set(values) - set(found)):
-        raise ValueError(
-            f"surgery.{who}: {what} is given for {', '.join(unknown)}, but params have no such attention, only "
-            f"{', '.join(found)}."
-        )
-    return values
+    per_attention.check(f"surgery.{who}", what, given, tuple(found))
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def of(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mhajax import attention
+from mhajax.attentions import PerAttention
 from mhajax.heads.surgery import parts
 from mhajax.heads.surgery.parts import Attentions, Config, Model
 
@@ -74,7 +75,7 @@ def places(params: Any, config: attention.Config, keep: Any) -> Any:
     """
     arranged = _arranged("places", parts.attentions("places", params), config, keep)
     queries = {name: where.queries for name, where in arranged.items()}
-    return queries[""] if "" in queries else type(keep)(**queries)
+    return queries[""] if "" in queries else PerAttention(**queries)
 
 
 def _arranged(who: str, found: Attentions, config: attention.Config, keep: Any) -> dict[str, Places]:
