@@ -24,7 +24,7 @@ Other commands:
   python -m experiments translate RUN < sentences.txt     translate lines from standard input
   python -m experiments sample RUN [--prompt TEXT]        let a language model write
   python -m experiments keys [KIND]                       what may stand in a config, and what it means
-  python -m experiments fetch NAME …                      download public data sets
+  python -m experiments fetch NAME …                      download public data and pretrained models
   python -m experiments bench attention                   time it against the other libraries
 """
 

@@ -60,7 +60,7 @@ def numbered(printable):
 
 
 def metadata(architecture="llama", pre="smollm", **changes):
-    """Of a model of two layers with a byte-level tokenizer; keys of `changes` have __ for a dot; None leaves one out."""
+    """Of two layers with a byte-level tokenizer; keys of `changes` have __ for a dot; None leaves one out."""
     tokens = [*byte_tokens(), "Ġt", "he", "Ġthe", "12", "<|end|>", "<think>"]
     pairs = {
         "general.architecture": architecture,
@@ -112,3 +112,22 @@ def tensors(seed=0, kind="Q4_1", vocabulary=262):
             f"blk.{i}.ffn_down.weight": matrix(D, F),
         }
     return found | {"output_norm.weight": norm()}
+
+
+def damaged(data, rng):
+    """The bytes with one damage: cut off, flipped, overwritten with a large number, or a piece moved or left out."""
+    data, at = bytearray(data), int(rng.integers(len(data)))
+    if rng.random() < 0.7:
+        at = int(rng.integers(min(6000, len(data))))  # where the header is
+    match rng.integers(5):
+        case 0:
+            return bytes(data[:at])
+        case 1:
+            data[at] ^= 1 << int(rng.integers(8))
+        case 2:
+            data[at : at + 8] = struct.pack("<Q", (2**63, 2**40, 2**31, 2**64 - 1, 0, 3)[rng.integers(6)])
+        case 3:
+            del data[at : at + int(rng.integers(1, 40))]
+        case 4:
+            data[at:at] = data[at : at + int(rng.integers(1, 40))]
+    return bytes(data)

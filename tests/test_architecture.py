@@ -44,7 +44,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 KNOW_NO_MODEL = {"losses", "decoding", "training", "checkpoints", "figures", "view"}
 # Packages from outside that only some may import; whoever is not listed stays with JAX and NumPy.
 ONLY = {"flax": {"linen", "nnx"}, "optax": {"training", "accumulation"}}
-HEAVY = ("matplotlib", "orbax", "tokenizers", "flax", "optax", "torch", "transformers")
+HEAVY = ("matplotlib", "orbax", "tokenizers", "safetensors", "flax", "optax", "torch", "transformers")
 
 
 def name_of(path: Path) -> str:

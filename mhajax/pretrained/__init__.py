@@ -59,8 +59,8 @@ def open_files(path: Path | str) -> Source:
             return open_safetensors(path)
         if len(found) > 1:
             raise UnreadableFile(
-                f"{path}: must hold one GGUF file, got {len(found)}: {', '.join(file.name for file in found[:5])}; name "
-                "the file."
+                f"{path}: must hold one GGUF file, got {len(found)}: {', '.join(file.name for file in found[:5])}; "
+                "name the file."
             )
         return open_gguf(found[0])
     if not path.exists():

@@ -1,13 +1,14 @@
 """A folder as `transformers` saves it: config.json, tokenizer.json, and model.safetensors, in one file or in shards.
 
-    config.json  tokenizer.json  model.safetensors
-    config.json  tokenizer.json  model.safetensors.index.json  model-00001-of-00002.safetensors  …
+config.json  tokenizer.json  model.safetensors
+config.json  tokenizer.json  model.safetensors.index.json  model-00001-of-00002.safetensors  …
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,8 @@ def open_safetensors(path: Path | str) -> SafetensorsFiles:
         if expected is not None and set(found) != expected:
             missing, unknown = sorted(expected - set(found)), sorted(set(found) - expected)
             raise UnreadableFile(
-                f"{file}: must have the tensors that {INDEX} gives it (missing: {', '.join(missing[:5]) or 'none'}; not "
-                f"in the index: {', '.join(unknown[:5]) or 'none'}); they are not of one model, or one is damaged."
+                f"{file}: must have the tensors that {INDEX} gives it (missing: {', '.join(missing[:5]) or 'none'}; "
+                f"not in the index: {', '.join(unknown[:5]) or 'none'}); they are not of one model, or one is damaged."
             )
         files |= dict.fromkeys(found, file)
         shapes |= found
@@ -173,7 +174,11 @@ def write_safetensors(
             total += sum(array.nbytes for array in shard.values())
         if not parts:
             raise ValueError("pretrained.write_safetensors: got no tensors.")
-        names = [SINGLE] if len(parts) == 1 else [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+        names = (
+            [SINGLE]
+            if len(parts) == 1
+            else [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+        )
         for part, name in zip(parts, names, strict=True):
             os.replace(part, folder / name)
     except BaseException:
@@ -237,10 +242,12 @@ def _index(path: Path) -> dict[Path, set[str]]:
     """Which tensors a shard must have; the shards in their order, all beside the index."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UnreadableFile(f'{path}: must have "weight_map", an object of file names by tensor, got {weight_map!r:.60}.')
+        raise UnreadableFile(
+            f'{path}: must have "weight_map", an object of file names by tensor, got {weight_map!r:.60}.'
+        )
     shards: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+        if not isinstance(file, str) or not re.fullmatch(r"[\w. -]{1,200}", file, re.ASCII):
             raise UnreadableFile(f"{path}: {name} must be in a file of this folder, got {file!r:.60}.")
         shards.setdefault(path.parent / file, set()).add(name)
     for shard in shards:

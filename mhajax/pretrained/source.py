@@ -18,7 +18,7 @@ _SHOWN = 5  # names in an error
 
 
 class UnreadableFile(ValueError):
-    """A file is damaged, or holds what is not read here; the message names the file and, if there is one, the tensor."""
+    """A file is damaged, or holds what is not read here; the message names the file, and the tensor if there is one."""
 
 
 class Source(Protocol):
@@ -79,8 +79,7 @@ class Arrays:
     (7, 3)
     >>> take(source, "wte.weight", (5, 3))
     Traceback (most recent call last):
-    mhajax.pretrained.source.UnreadableFile: arrays: wte.weight must be (5, 3), got (7, 3); the config asks for another \
-model than the file holds.
+    mhajax.pretrained.source.UnreadableFile: arrays: wte.weight must be (5, 3), got (7, 3), which is another model's.
     """
 
     arrays: Mapping[str, Any]
@@ -231,10 +230,7 @@ def need(package: str) -> None:
 def _check_shape(source: Source, name: str, shape: tuple[int, ...]) -> None:
     got = source.shape(name)
     if got != tuple(shape):
-        raise UnreadableFile(
-            f"{source.path}: {name} must be {tuple(shape)}, got {got}; the config asks for another model than the file "
-            "holds."
-        )
+        raise UnreadableFile(f"{source.path}: {name} must be {tuple(shape)}, got {got}, which is another model's.")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """GGUF, the format of llama.cpp: config, tokenizer and weights in one file, quantised or not.
 
-    container    what a file says of itself, every count and offset checked
-    quantised    F32, F16, BF16, Q8_0, Q4_0, Q4_1 to floating point
-    names        keys and tensors as Hugging Face calls them, and its order of the rows of q and k
-    tokenizer    byte-level BPE from the metadata
+container    what a file says of itself, every count and offset checked
+quantised    F32, F16, BF16, Q8_0, Q4_0, Q4_1 to floating point
+names        keys and tensors as Hugging Face calls them, and its order of the rows of q and k
+tokenizer    byte-level BPE from the metadata
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Contents:
         """The numbers of one tensor: float32, float16 or bfloat16; quantised ones as float32.
 
         Raises:
-          UnreadableFile: there is no such tensor, or the file ends before it does.
+          UnreadableFile: there is no such tensor, its bytes are damaged, or the file ends before it does.
         """
         if name not in self.tensors:
             raise no_tensor(self.path, name, self.tensors)
@@ -83,7 +83,10 @@ class Contents:
                 f"{self.path}: {name} must have {tensor.size} bytes, got {raw.size}; the file was changed since it was "
                 "opened."
             )
-        return quantised.numbers(raw, tensor.kind).reshape(tensor.shape)
+        try:
+            return quantised.numbers(raw, tensor.kind).reshape(tensor.shape)
+        except ValueError as error:
+            raise UnreadableFile(f"{self.path}: {name}: {error}") from None
 
 
 def read(path: Path) -> Contents:
@@ -234,8 +237,8 @@ def _check_places(cursor: _Cursor, tensors: list[Tensor]) -> None:
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.size)):
         if tensor.start + tensor.size > cursor.size:
             raise cursor.error(
-                f"{tensor.name} {tensor.shape} is at bytes {tensor.start} to {tensor.start + tensor.size}, and the file "
-                f"has {cursor.size}; it is truncated or damaged."
+                f"{tensor.name} {tensor.shape} is at bytes {tensor.start} to {tensor.start + tensor.size}, and the "
+                f"file has {cursor.size}; it is truncated or damaged."
             )
         if before is not None and tensor.start < before.start + before.size:
             raise cursor.error(f"{before.name} and {tensor.name} overlap; the file is damaged.")

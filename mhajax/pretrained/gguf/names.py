@@ -111,6 +111,11 @@ def config_of(contents: Contents) -> dict[str, Any]:
         config["mlp_bias"] = "blk.0.ffn_up.bias" in names
     for key, name in _IDS.items():
         if (token := contents.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            if not isinstance(token, int) or not 0 <= token < config["vocab_size"]:
+                raise UnreadableFile(
+                    f"{contents.path}: tokenizer.ggml.{key}_token_id must be one of {config['vocab_size']} tokens, got "
+                    f"{token!r:.60}."
+                )
             config[name] = token
     return config
 
@@ -168,8 +173,8 @@ def rows_order(contents: Contents, config: dict[str, Any], name: str) -> Callabl
 def half_split(array: np.ndarray, heads: int) -> np.ndarray:
     """Rows of q or k as rotation by halves wants them, of rows as rotation of neighbours does.
 
-    llama.cpp's Llama rotates rows 2i and 2i + 1 of a head together, `transformers` rows i and i + H/2. Both are the same
-    model with its rows in another order; the wrong order gives finite logits and nonsense.
+    llama.cpp's Llama rotates rows 2i and 2i + 1 of a head together, `transformers` rows i and i + H/2. Both are the
+    same model with its rows in another order; the wrong order gives finite logits and nonsense.
 
     Args:
       array: [heads · H, ...], the file's.
@@ -204,9 +209,8 @@ class _Metadata:
             return float(str(np.float32(value)))  # 1e-05, which float32 made 9.999999747378752e-06
         least = 0 if default == 0 else 1
         if kind is not int or not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UnreadableFile(
-                f"{what} must be one {'number' if kind is float else f'integer of at least {least}'}, got {value!r:.60}."
-            )
+            expected = "number" if kind is float else f"integer of at least {least}"
+            raise UnreadableFile(f"{what} must be one {expected}, got {value!r:.60}.")
         return value
 
 

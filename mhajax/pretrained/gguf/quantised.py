@@ -72,7 +72,10 @@ def _halves(blocks: np.ndarray, weights: np.ndarray) -> None:
 
 def _f16(blocks: np.ndarray) -> np.ndarray:
     """uint8 [n, 2] → float32 [n, 1]."""
-    return np.ascontiguousarray(blocks).view("<f2").astype(np.float32)
+    scales = np.ascontiguousarray(blocks).view("<f2").astype(np.float32)
+    if not np.isfinite(scales).all():
+        raise ValueError("the scale of a block is NaN or infinite; the file is damaged.")
+    return scales
 
 
 _F32 = np.dtype("<f4")
@@ -104,6 +107,9 @@ def numbers(raw: np.ndarray, kind: str) -> np.ndarray:
 
     Returns:
       [blocks · weights], float32, float16 or bfloat16.
+
+    Raises:
+      ValueError: the scale of a block is not finite.
 
     >>> numbers(np.array([0, 60, 3] + [0] * 30 + [255], np.uint8), "Q8_0")[[0, 1, 31]]  # d is 1 in float16
     array([ 3.,  0., -1.], dtype=float32)

@@ -11,7 +11,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mhajax.pretrained.gguf.container import Contents
@@ -77,6 +77,8 @@ def tokenizer_of(contents: Contents) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     metadata = _Metadata(contents)
+    if "tokenizer.ggml.model" not in contents.metadata:
+        raise FileNotFoundError(f"{contents.path}: there is no tokenizer in this file.")
     metadata.choice("model", [_KIND])
     split = SPLITS[metadata.choice("pre", SPLITS)]
     tokens = metadata.strings("tokens")
@@ -154,11 +156,9 @@ class _Metadata:
             raise self.error(key, f"must be a list of strings, got {value!r:.60}")
         return value
 
-    def choice(self, key: str, choices: Iterable[str]) -> str:
+    def choice(self, key: str, choices: Collection[str]) -> str:
         value = self.optional(key, str, None)
-        if value is None and key == "model":
-            raise FileNotFoundError(f"{self.contents.path}: there is no tokenizer in this file.")
-        if value not in choices:
+        if value is None or value not in choices:
             raise self.error(key, f"must be one of {', '.join(choices)}, got {value!r:.60}; others are not read here")
         return value
 
