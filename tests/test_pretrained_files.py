@@ -136,7 +136,9 @@ def test_a_folder_of_gguf_files(tmp_path):
 
 def test_a_damaged_tokenizer(single):
     path = single.parent / "tokenizer.json"
-    for content in (b"{}", b"\xff", b""):
+    unknown = json.loads(tokenizer().to_str())
+    unknown["model"]["vocab"].pop("?")
+    for content in (b"{}", b"\xff", b"", json.dumps(unknown).encode()):
         path.write_bytes(content)
         refused(UnreadableFile, single, "tokenizer.json: is no tokenizer")
 

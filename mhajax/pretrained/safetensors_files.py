@@ -29,6 +29,9 @@ _DTYPES = {
 }  # fmt: skip
 _MOST_HEADER = 100_000_000  # bytes, as the format has it
 _SHARD = 2 << 30
+_PROBE = (
+    "a \u0378"  # a character that no vocabulary has: a missing unknown token is told at once, not in somebody's text
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,10 @@ class SafetensorsFiles:
         data = read_bytes(path)
         try:
             tokenizer = Tokenizer.from_buffer(data)
-        except Exception as error:  # the package raises plain Exceptions
+            tokenizer.encode(_PROBE)
+        except BaseException as error:  # the package raises plain Exceptions, and PanicException, which is none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise UnreadableFile(f"{path}: is no tokenizer that the package tokenizers reads ({error}).") from None
         tokenizer.no_padding()
         tokenizer.no_truncation()
