@@ -109,6 +109,20 @@ def test_scaled_rotation(write):
             pretrained.open_files(write(gguf_files.file(gguf_files.metadata() | wrong, tensors)))
 
 
+def test_frequencies_of_llama_3(write):
+    factors = np.linspace(1, 8, gguf_files.H // 2).astype(np.float32)
+    tensors = gguf_files.tensors() | {"rope_freqs.weight": (factors.shape, "F32", factors.tobytes())}
+    source = pretrained.open_files(write(gguf_files.file(gguf_files.metadata(), tensors)))
+    scaling = source.config["rope_scaling"]
+    assert scaling["rope_type"] == "longrope" and scaling["attention_factor"] == 1
+    assert scaling["short_factor"] == scaling["long_factor"] == factors.tolist()
+    assert len(source.names) == len(tensors) - 1
+    for wrong in (factors[:-1], -factors):
+        tensors["rope_freqs.weight"] = (wrong.shape, "F32", wrong.tobytes())
+        with pytest.raises(UnreadableFile, match="rope_freqs.weight must be"):
+            pretrained.open_files(write(gguf_files.file(gguf_files.metadata(), tensors)))
+
+
 def interleaved(x, angles):
     """Rotation of neighbours, as llama.cpp does it: x [..., H], angles [H/2]."""
     even, odd = x[..., ::2], x[..., 1::2]
@@ -222,6 +236,10 @@ ERRORS = {
     "an unread tensor": (
         lambda m, t: gguf_files.file(m, t | {"blk.0.ffn_gate_exps.weight": t["output_norm.weight"]}),
         "blk.0.ffn_gate_exps.weight is a tensor that",
+    ),
+    "a name without a part": (
+        lambda m, t: gguf_files.file(m, t | {"nothing": t["output_norm.weight"]}),
+        "nothing is a tensor that",
     ),
     "other rows": (
         lambda m, t: gguf_files.file(m, t | {"blk.0.attn_k.weight": t["blk.0.attn_q.weight"]}),

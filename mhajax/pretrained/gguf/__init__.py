@@ -87,6 +87,7 @@ def open_gguf(path: Path | str) -> Gguf:
     """
     contents = container.read(Path(path))
     config = names.config_of(contents)
-    orders = {name: names.rows_order(contents, config, name) for name in contents.tensors}
+    stored = names.tensor_names(contents)
+    orders = {name: names.rows_order(contents, config, name) for name in stored.values()}
     known = {name: order for name, order in orders.items() if order is not None}
-    return Gguf(contents, config, names.tensor_names(contents), known)
+    return Gguf(contents, config, stored, known)

@@ -45,6 +45,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+FREQUENCIES = "rope_freqs.weight"  # Llama 3: what the wave length of every pair is multiplied by
 _INTEGERS = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -97,7 +98,7 @@ def config_of(contents: Contents) -> dict[str, Any]:
     config["head_dim"] = width
     config["rms_norm_eps"] = metadata.number("attention.layer_norm_rms_epsilon", float)
     config["rope_theta"] = metadata.number("rope.freq_base", float, 10_000.0)
-    if scaling := _scaling(metadata):
+    if scaling := _scaling(metadata, config):
         config["rope_scaling"] = scaling
     names = contents.tensors
     tokens = contents.metadata.get("tokenizer.ggml.tokens")
@@ -126,10 +127,7 @@ def tensor_names(contents: Contents) -> dict[str, str]:
     Raises:
       UnreadableFile: a tensor has a name that no part of these models has.
     """
-    names: dict[str, str] = {}
-    for name in contents.tensors:
-        names[_hugging_face(contents, name)] = name
-    return names
+    return {_hugging_face(contents, name): name for name in contents.tensors if name != FREQUENCIES}
 
 
 def _hugging_face(contents: Contents, name: str) -> str:
@@ -224,10 +222,27 @@ def _architecture(contents: Contents) -> str:
     return name
 
 
-def _scaling(metadata: _Metadata) -> dict[str, Any] | None:
-    """The rope_scaling of `transformers`."""
+def _scaling(metadata: _Metadata, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The rope_scaling of `transformers`.
+
+    A file of Llama 3 has the factors of the frequencies and not what they were computed from; "longrope" takes factors.
+    """
     contents = metadata.contents
     kind = contents.metadata.get(f"{metadata.prefix}.rope.scaling.type")
+    if FREQUENCIES in contents.tensors:
+        shape, expected = contents.tensors[FREQUENCIES].shape, (config["head_dim"] // 2,)
+        if kind not in (None, "none") or shape != expected or contents.tensors[FREQUENCIES].kind != "F32":
+            raise UnreadableFile(
+                f"{contents.path}: {FREQUENCIES} must be {expected} in F32, without rope.scaling.type, got {shape} in "
+                f"{contents.tensors[FREQUENCIES].kind} and {kind!r:.60}."
+            )
+        factors = contents.read(FREQUENCIES)
+        if not (np.isfinite(factors) & (factors > 0)).all():
+            raise UnreadableFile(f"{contents.path}: {FREQUENCIES} must be above 0 and finite; the file is damaged.")
+        length = config["max_position_embeddings"]
+        same = {"short_factor": factors.tolist(), "long_factor": factors.tolist()}
+        alike = {"factor": 1.0, "attention_factor": 1.0, "original_max_position_embeddings": length}
+        return {"rope_type": "longrope"} | same | alike
     if kind is None and "rope.scale_linear" in metadata.keys:
         kind, key = "linear", "rope.scale_linear"
     else:
