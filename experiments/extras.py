@@ -15,6 +15,7 @@ _EXTRAS = {
         "sacrebleu": "sacrebleu",
         "tokenizers": "tokenizers",
     },
+    "pretrained": {"safetensors": "safetensors", "tokenizers": "tokenizers"},
     "tensorboard": {"tensorboardX": "tensorboardX"},
 }
 
@@ -23,7 +24,7 @@ def need(extra: str) -> None:
     """Refuse to go on without the packages of an extra.
 
     Args:
-      extra: of pyproject.toml: "experiments" or "tensorboard".
+      extra: of pyproject.toml: "experiments", "pretrained" or "tensorboard".
 
     Raises:
       UserError: packages are not installed; it names them and the command that installs them.

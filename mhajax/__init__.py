@@ -20,6 +20,7 @@ A map of the package:
     norm, mlp, block, transformer, embedding, language_model, encoder, translator
                     the models, each with Config, Params, init_params, apply
     decoding        greedy, sampling and beam search
+    pretrained      files of others, safetensors and GGUF, to arrays
     linen, nnx      Flax modules over the same functions
     losses, training  Optax training of any loss
     accumulation, weight_decay  what of it knows tokens and names of parameters
@@ -80,6 +81,7 @@ if TYPE_CHECKING:  # the others are imported when they are named, below
         heads,
         linen,
         nnx,
+        pretrained,
         statistics,
         training,
         variants,
@@ -118,6 +120,7 @@ __all__ = [
     "nnx",
     "norm",
     "positions",
+    "pretrained",
     "scores",
     "statistics",
     "training",
