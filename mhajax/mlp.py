@@ -30,7 +30,7 @@ class Config:
       d_ff: width of the hidden layer. None: 4 D.
       activation: "relu", "gelu" (by the error function), "gelu_tanh" (its usual approximation), "silu"; or "reglu",
         "geglu", "geglu_tanh", "swiglu", which multiply that of one projection by a second one.
-      mlp_bias: add a bias after the first and the last projection.
+      mlp_bias: add a bias after each projection.
     """
 
     d_model: int
@@ -52,13 +52,14 @@ class Config:
 
 
 class Params(NamedTuple):
-    """Weights and biases; w_gate only for a gated activation, biases only with `mlp_bias`."""
+    """Weights and biases; those of the gate only for a gated activation, biases only with `mlp_bias`."""
 
     w_in: Array  # [D, F]
     b_in: Array | None  # [F]
     w_out: Array  # [F, D]
     b_out: Array | None  # [D]
     w_gate: Array | None = None  # [D, F]
+    b_gate: Array | None = None  # [F]
 
 
 def activation(name: Activation) -> Callable[[Array], Array]:
@@ -78,11 +79,14 @@ def init_params(key: Array, config: Config) -> Params:
         w_out.reshape(f, d) * f**-0.5,
         jnp.zeros(d) if config.mlp_bias else None,
         w_gate[0].reshape(d, f) * d**-0.5 if w_gate else None,
+        jnp.zeros(f) if w_gate and config.mlp_bias else None,
     )
 
 
 def apply(params: Params, x: Array, config: Config) -> Array:
     """activation(x w_in + b_in) w_out + b_out for every token, [..., D] to [..., D].
+
+    A gated activation multiplies before the last projection: activation(x w_in + b_in) · (x w_gate + b_gate).
 
     References:
       Vaswani et al. 2017, section 3.3; gated: Shazeer 2020, "GLU Variants Improve Transformer".
@@ -93,7 +97,8 @@ def apply(params: Params, x: Array, config: Config) -> Array:
     wide = _widen(x, params.w_in)
     hidden = bent(wide if params.b_in is None else wide + params.b_in)
     if params.w_gate is not None:
-        hidden = hidden * _widen(x, params.w_gate)
+        wide = _widen(x, params.w_gate)
+        hidden = hidden * (wide if params.b_gate is None else wide + params.b_gate)
     out = hidden @ params.w_out
     return out if params.b_out is None else out + params.b_out
 

@@ -15,7 +15,7 @@ from mhajax.weight_decay import decayed
 SHAPE = {"d_model": 4, "num_heads": 2, "d_ff": 3, "vocab_size": 5, "norm": "layer", "use_bias": True}
 SHAPE |= {"activation": "swiglu"}
 MATRICES = {"attention": "w_q w_k w_v w_o", "mlp": "w_in w_out w_gate"}
-SPARED = {"attention": "b_q b_k b_v b_o", "mlp": "b_in b_out"}
+SPARED = {"attention": "b_q b_k b_v b_o", "mlp": "b_in b_out b_gate"}
 
 
 def names(tree, wanted):
@@ -39,7 +39,7 @@ def test_of_a_language_model(layers):
     config = language_model.Config(num_layers=layers, **SHAPE)  # pyright: ignore
     params = jax.eval_shape(lambda: language_model.init_params(jax.random.key(0), config))
     matrices, spared = of_stack("stack", cross=False)
-    assert len(spared) == 12
+    assert len(spared) == 13
     for tree in (params, to_dict(params)):
         assert names(decayed(tree), True) == matrices | {"embedding.tokens"}
         assert names(decayed(tree), False) == spared
