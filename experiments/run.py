@@ -148,10 +148,15 @@ def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard
         **({} if origin is None else {"continued_from": origin}),
         **((_timing_of(folder) if was_finished else None) or times.summary()),
     }
+    warning = curve.diverged(folder)
+    if warning is not None:
+        result["warning"] = warning
+        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
     if not config.quick:
         curve.draw(folder, config, task.unit, console)
     if config.heads.report:
         _report_heads(config, folder, task, params, console)
+    result = folders.plain(result)
     write(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     console.print(
         f"{result['parameters']:,} parameters, {result['seconds']:.0f} s, "
