@@ -56,6 +56,6 @@ def diverged(folder: Path) -> str | None:
     if math.isfinite(worst) and worst <= FAR_ABOVE * losses[0]:
         return None
     return (
-        f"training diverged: the loss began at {losses[0]:.4g} and ended at {worst:.4g}; the numbers mean little. Try a "
-        "lower training.learning_rate, a longer training.warmup_steps, or training.clip_norm = 1.0."
+        f"training diverged: the loss began at {losses[0]:.4g} and ended at {worst:.4g}; the numbers mean little. Try "
+        "a lower training.learning_rate, a longer training.warmup_steps, or training.clip_norm = 1.0."
     )
