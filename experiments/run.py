@@ -241,6 +241,10 @@ def sample(path: str | Path, seed: int = 0, *, console: Console | None = None, *
     config, folder = load_run(path)
     if not isinstance(config, configs.LanguageModelling):
         raise UserError(f"{folder}: this run is a {config.kind}, not a language model; use: translate {folder}")
+    if not 0 <= seed <= configs.LARGEST:
+        raise UserError(
+            f"sample: seed must be between 0 and {configs.LARGEST:,}, got {seed}; others are the same again."
+        )
     try:
         sampling = dataclasses.replace(config.sampling, **changes)
     except ValueError as error:
