@@ -99,7 +99,7 @@ def frequencies(width: int, base: float = 10_000.0) -> Array:
     [1.0, 0.1, 0.01]
     """
     arguments.integer("positions.frequencies", "width", width)
-    arguments.positive("positions.frequencies", "base", base)
+    arguments.above_zero("positions.frequencies", "base", base)
     if width % 2:
         raise ValueError(f"positions.frequencies: width must be even to form pairs, got {width}.")
     return 1 / _wavelengths(width, base)
@@ -111,7 +111,7 @@ def linear(frequencies: Array, factor: ArrayLike) -> Array:
     References:
       Chen et al. 2023, "Extending Context Window of Large Language Models via Positional Interpolation", section 2.3.
     """
-    arguments.positive("positions.linear", "factor", factor)
+    arguments.above_zero("positions.linear", "factor", factor)
     return frequencies / factor
 
 
@@ -129,7 +129,7 @@ def ntk(frequencies: Array, factor: ArrayLike) -> Array:
     pairs = frequencies.shape[-1]
     if pairs < 2:
         raise ValueError(f"positions.ntk: there must be at least 2 frequencies, got {pairs}.")
-    arguments.positive("positions.ntk", "factor", factor)
+    arguments.above_zero("positions.ntk", "factor", factor)
     return frequencies / factor ** (jnp.arange(pairs) / (pairs - 1))
 
 
@@ -266,8 +266,8 @@ def longrope(
                 f"{factors.shape}."
             )
     for name, factors in (("short_factor", short), ("long_factor", long)):
-        arguments.positive("positions.longrope", name, factors)
-    arguments.positive("positions.longrope", "original_length", original_length)
+        arguments.above_zero("positions.longrope", name, factors)
+    arguments.above_zero("positions.longrope", "original_length", original_length)
     return frequencies / jnp.where(jnp.asarray(length) > original_length, long, short)
 
 
@@ -314,8 +314,8 @@ def llama3(
 
 
 def _check_scaling(who: str, factor: ArrayLike, original_length: ArrayLike) -> None:
-    arguments.positive(f"positions.{who}", "factor", factor)
-    arguments.positive(f"positions.{who}", "original_length", original_length)
+    arguments.above_zero(f"positions.{who}", "factor", factor)
+    arguments.above_zero(f"positions.{who}", "original_length", original_length)
 
 
 def _wavelengths(width: int, base: float) -> Array:
@@ -330,7 +330,7 @@ def _angles(function: str, x: Array, positions: Array, base: float | None, frequ
         if width % 2:
             raise ValueError(f"positions.{function}: H must be even to form pairs, got H={width}; change head_dim.")
         if base is not None:
-            arguments.positive(f"positions.{function}", "base", base)
+            arguments.above_zero(f"positions.{function}", "base", base)
         return places / _wavelengths(width, 10_000.0 if base is None else base)
     if base is not None:
         raise ValueError(
