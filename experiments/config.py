@@ -11,7 +11,7 @@ from typing import Any, Literal
 from experiments import schema, toml
 from experiments.data import corpora, paths, vocabulary
 from experiments.errors import ConfigError
-from mhajax import language_model, training, translator
+from mhajax import decoding, language_model, training, translator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,8 @@ class Decoding:
         for name, most in (("beams", 1_000), ("batch", 1_000_000)):
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {getattr(self, name):,}.")
+        if abs(self.length_penalty) > 10:
+            raise ValueError(f"length_penalty must be in [-10, 10], got {self.length_penalty}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,11 @@ class Sampling:
             raise ValueError(f"tokens must be at most 1,000,000, got {self.tokens:,}.")
         if self.temperature < 0:
             raise ValueError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}.")
+        if self.temperature and not decoding.COLDEST <= self.temperature <= decoding.HOTTEST:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or in [{decoding.COLDEST}, {decoding.HOTTEST}], "
+                f"got {self.temperature}."
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.top_k is not None and self.top_k < 1:

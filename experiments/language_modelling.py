@@ -5,7 +5,6 @@ The model is the Flax module `mhajax.linen.LanguageModel`; it is trained by `mha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -51,7 +50,8 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
 
     def report(params: Any, folder: Path, console: Console) -> dict[str, Any]:
         measured = mean_and_spread({"validation_loss": evaluate(params)["validation_loss"]})
-        perplexity = math.exp(measured["validation_loss"])
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(measured["validation_loss"]))  # infinite where math.exp raises
         spread = f" ± {measured['validation_loss_sd']:.4f}" if "validation_loss_sd" in measured else ""
         console.print(
             f"validation loss [bold]{measured['validation_loss']:.4f}{spread}[/bold] nats per {words.unit} "

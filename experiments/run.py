@@ -148,10 +148,15 @@ def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard
         **({} if origin is None else {"continued_from": origin}),
         **((_timing_of(folder) if was_finished else None) or times.summary()),
     }
+    warning = curve.diverged(folder)
+    if warning is not None:
+        result["warning"] = warning
+        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
     if not config.quick:
         curve.draw(folder, config, task.unit, console)
     if config.heads.report:
         _report_heads(config, folder, task, params, console)
+    result = folders.plain(result)
     write(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     console.print(
         f"{result['parameters']:,} parameters, {result['seconds']:.0f} s, "
@@ -236,6 +241,10 @@ def sample(path: str | Path, seed: int = 0, *, console: Console | None = None, *
     config, folder = load_run(path)
     if not isinstance(config, configs.LanguageModelling):
         raise UserError(f"{folder}: this run is a {config.kind}, not a language model; use: translate {folder}")
+    if not 0 <= seed <= configs.LARGEST:
+        raise UserError(
+            f"sample: seed must be between 0 and {configs.LARGEST:,}, got {seed}; others are the same again."
+        )
     try:
         sampling = dataclasses.replace(config.sampling, **changes)
     except ValueError as error:

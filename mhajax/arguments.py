@@ -151,6 +151,12 @@ def integer(who: str, name: str, given: Any, least: int = 1) -> None:
         raise ValueError(f"{where} must be at least {least}, got {given}.")
 
 
+def above_zero(who: str, name: str, given: Any) -> None:
+    """Raise a ValueError for numbers that are known not to be finite and above 0; those that are traced are not."""
+    if known(given) and not np.all((np.asarray(given) > 0) & np.isfinite(np.asarray(given))):
+        raise ValueError(f"{who}: {name} must be finite and above 0, got {given}.")
+
+
 def booleans(config: Any, *names: str) -> None:
     """Raise a TypeError unless these fields of a config are True or False."""
     for name in names:

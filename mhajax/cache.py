@@ -91,6 +91,13 @@ def init(
     if isinstance(capacity, int) and capacity < 1:
         raise ValueError(f"cache.init: capacity must be at least 1 token, got {capacity}.")
     arguments.integer("cache.init", "capacity", capacity)
+    if not isinstance(leading, Sequence) or isinstance(leading, str):
+        raise TypeError(
+            f"cache.init: leading must be a tuple of sizes, got {arguments.kind_of(leading)}; write ({leading},) for "
+            "inputs [B, t, D]."
+        )
+    for size in leading:
+        arguments.integer("cache.init", "a size of leading", size, least=0)
     heads = (*leading, config.kv_heads, capacity)
     k, v = (jnp.zeros((*heads, width), dtype) for width in (config.width, config.value_width))
     return Cache(k, v, jnp.int32(0), rolling)
@@ -220,6 +227,12 @@ def append(cache: Cache, new: KeysValues, real: Array | None = None) -> Cache:
       ValueError: if the tokens do not fit and the lengths are known. Under jit the new keys are then NaN.
     """
     size, capacity = new.k.shape[-2], cache.capacity
+    if new.k.shape[:-2] != cache.k.shape[:-2]:
+        raise ValueError(
+            f"cache.append: the leading axes of the new tokens must be those of the cache, {cache.k.shape[:-3]} with "
+            f"K={cache.k.shape[-3]}, got {new.k.shape[:-3]} with K={new.k.shape[-3]}; make it with "
+            "cache.init(leading, …) of inputs [*leading, t, D], or cache.select rows of it."
+        )
     _check_real(real, new)
     _check_room(cache, size, real)
     at = positions(cache, size, real)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mhajax import arguments
@@ -24,6 +25,8 @@ from mhajax import arguments
 Cache = Any
 Step = Callable[[Array, Cache], tuple[Array, Cache]]
 Choose = Callable[[Array, Array], Array]
+COLDEST, HOTTEST = 1e-30, 1e30  # temperatures by which logits can be divided in float32
+_LARGEST_LOG = 80.0  # e^80 and e^-80 are normal numbers of float32
 
 
 def greedy(logits: Array, key: Array) -> Array:
@@ -36,7 +39,7 @@ def sampler(*, temperature: float = 1.0, top_k: int | None = None, top_p: float 
     """A function (logits [B, V], key) → tokens [B] that draws at random.
 
     Args:
-      temperature: logits are divided by it; towards 0 it becomes greedy.
+      temperature: logits are divided by it; towards 0 it becomes greedy. 1e-30 to 1e30.
       top_k: only the k most likely tokens; None is all.
       top_p: only the most likely tokens that together have at least this probability (after the temperature).
 
@@ -46,10 +49,10 @@ def sampler(*, temperature: float = 1.0, top_k: int | None = None, top_p: float 
     References:
       Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p); Fan et al. 2018 (top-k).
     """
-    if temperature <= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+    if not COLDEST <= temperature <= HOTTEST or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
         raise ValueError(
-            "decoding.sampler: temperature must be above 0, top_p in (0, 1], top_k at least 1 or None, got "
-            f"temperature={temperature}, top_p={top_p}, top_k={top_k}; for temperature 0 use decoding.greedy."
+            f"decoding.sampler: temperature must be in [{COLDEST}, {HOTTEST}], top_p in (0, 1], top_k at least 1 or "
+            f"None, got temperature={temperature}, top_p={top_p}, top_k={top_k}; for temperature 0 use decoding.greedy."
         )
 
     def choose(logits: Array, key: Array) -> Array:
@@ -90,10 +93,15 @@ def generate(
     """
     arguments.integer("decoding.generate", "length", length, least=0)
     arguments.key("decoding.generate", key)
+    _check_first("generate", first)
+    if choose is sampler:
+        raise TypeError("decoding.generate: choose must be what sampler(…) returns, got the function itself; call it.")
     arguments.function("decoding.generate", "choose", choose, "(logits, key) → tokens", "decoding.greedy or sampler(…)")
     tokens = jnp.zeros((first.shape[0], length), first.dtype) if end is None else jnp.full(
         (first.shape[0], length), end, first.dtype
     )  # fmt: skip
+    if length == 0:
+        return tokens
 
     def unfinished(state: tuple) -> Array:
         t, _, _, over, _ = state
@@ -111,6 +119,16 @@ def generate(
 
     start = (jnp.int32(0), first, cache, jnp.zeros(first.shape, bool), tokens)
     return jax.lax.while_loop(unfinished, one_more, start)[-1]
+
+
+def _check_first(who: str, first: Array) -> None:
+    """Raise unless the tokens to go on from are [B], at least one."""
+    if not hasattr(first, "dtype") or not jnp.issubdtype(first.dtype, jnp.integer):
+        raise TypeError(
+            f"decoding.{who}: first must be integers [B], got {arguments.kind_of(first)}; write jnp.array([token])."
+        )
+    if first.ndim != 1 or not first.size:
+        raise ValueError(f"decoding.{who}: first must be [B] with B at least 1, got {first.shape}.")
 
 
 def _check_end(who: str, end: int | None, logits: Array) -> None:
@@ -163,8 +181,20 @@ def beam_search(
     """
     arguments.integer("decoding.beam_search", "beams", beams)
     arguments.integer("decoding.beam_search", "length", length)
-    if arguments.known(length_penalty) and not math.isfinite(length_penalty):
-        raise ValueError(f"decoding.beam_search: length_penalty must be finite, got {length_penalty}.")
+    _check_first("beam_search", first)
+    if arguments.known(length_penalty):
+        if not isinstance(length_penalty, int | float | np.number | Array) or jnp.ndim(length_penalty):
+            raise TypeError(
+                f"decoding.beam_search: length_penalty must be a number, got {arguments.kind_of(length_penalty)}."
+            )
+        if not math.isfinite(length_penalty):
+            raise ValueError(f"decoding.beam_search: length_penalty must be finite, got {length_penalty}.")
+        # The largest of all penalties and its inverse are divided by: in float32 both must be there.
+        if abs(float(length_penalty)) * math.log((5 + length) / 6) > _LARGEST_LOG:
+            raise ValueError(
+                "decoding.beam_search: ((5 + length) / 6)^length_penalty must be a float32, got "
+                f"length_penalty={length_penalty} and length={length}; give one nearer to 0."
+            )
     batch = first.shape[0]
     penalty = lambda count: ((5.0 + count) / 6.0) ** length_penalty  # noqa: E731
     pick = partial(jnp.take_along_axis, axis=1)

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from mhajax import arguments
+
 
 def rotary(
     x: Array, positions: Array, *, base: float | None = None, frequencies: Array | None = None, magnitude: float = 1.0
@@ -96,6 +98,8 @@ def frequencies(width: int, base: float = 10_000.0) -> Array:
     >>> [round(float(one), 3) for one in frequencies(6, base=1000.0)]
     [1.0, 0.1, 0.01]
     """
+    arguments.integer("positions.frequencies", "width", width)
+    arguments.above_zero("positions.frequencies", "base", base)
     if width % 2:
         raise ValueError(f"positions.frequencies: width must be even to form pairs, got {width}.")
     return 1 / _wavelengths(width, base)
@@ -107,6 +111,7 @@ def linear(frequencies: Array, factor: ArrayLike) -> Array:
     References:
       Chen et al. 2023, "Extending Context Window of Large Language Models via Positional Interpolation", section 2.3.
     """
+    arguments.above_zero("positions.linear", "factor", factor)
     return frequencies / factor
 
 
@@ -124,6 +129,7 @@ def ntk(frequencies: Array, factor: ArrayLike) -> Array:
     pairs = frequencies.shape[-1]
     if pairs < 2:
         raise ValueError(f"positions.ntk: there must be at least 2 frequencies, got {pairs}.")
+    arguments.above_zero("positions.ntk", "factor", factor)
     return frequencies / factor ** (jnp.arange(pairs) / (pairs - 1))
 
 
@@ -141,6 +147,7 @@ def dynamic_ntk(frequencies: Array, factor: ArrayLike, *, length: ArrayLike, ori
     References:
       Peng et al. 2023, "YaRN", section 3.3 (factor 1); the factor is that of Hugging Face's "dynamic".
     """
+    _check_scaling("dynamic_ntk", factor, original_length)
     longer = jnp.maximum(jnp.asarray(length) / original_length, 1)
     return ntk(frequencies, factor * longer - (factor - 1))
 
@@ -178,6 +185,9 @@ def yarn(
     pairs = frequencies.shape[-1]
     if pairs < 2:
         raise ValueError(f"positions.yarn: there must be at least 2 frequencies, got {pairs}.")
+    _check_scaling("yarn", factor, original_length)
+    if not 0 < slow < fast:
+        raise ValueError(f"positions.yarn: slow must be above 0 and below fast, got slow={slow} and fast={fast}.")
     logs = jnp.log(frequencies)
     step = (logs[0] - logs[-1]) / (pairs - 1)
     index = lambda turns: (logs[0] - math.log(2 * math.pi * turns / original_length)) / step  # noqa: E731
@@ -255,6 +265,9 @@ def longrope(
                 f"positions.longrope: {name} must be [R] = {frequencies.shape}, one for every frequency, got "
                 f"{factors.shape}."
             )
+    for name, factors in (("short_factor", short), ("long_factor", long)):
+        arguments.above_zero("positions.longrope", name, factors)
+    arguments.above_zero("positions.longrope", "original_length", original_length)
     return frequencies / jnp.where(jnp.asarray(length) > original_length, long, short)
 
 
@@ -292,11 +305,17 @@ def llama3(
     References:
       Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.4.2; the formula is in the authors' code.
     """
+    _check_scaling("llama3", factor, original_length)
     if high <= low:
         raise ValueError(f"positions.llama3: high must be above low, got low={low} and high={high}.")
     turns = frequencies * (original_length / (2 * math.pi))
     kept = jnp.clip((turns - low) / (high - low), 0, 1)
     return frequencies * (kept + (1 - kept) / factor)
+
+
+def _check_scaling(who: str, factor: ArrayLike, original_length: ArrayLike) -> None:
+    arguments.above_zero(f"positions.{who}", "factor", factor)
+    arguments.above_zero(f"positions.{who}", "original_length", original_length)
 
 
 def _wavelengths(width: int, base: float) -> Array:
@@ -310,6 +329,8 @@ def _angles(function: str, x: Array, positions: Array, base: float | None, frequ
     if frequencies is None:
         if width % 2:
             raise ValueError(f"positions.{function}: H must be even to form pairs, got H={width}; change head_dim.")
+        if base is not None:
+            arguments.above_zero(f"positions.{function}", "base", base)
         return places / _wavelengths(width, 10_000.0 if base is None else base)
     if base is not None:
         raise ValueError(

@@ -13,12 +13,13 @@ and goes on from its checkpoint ends with the same bits as one that was not.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mhajax import weight_decay
+from mhajax import arguments, weight_decay
 from mhajax.accumulation import accumulate, accumulates, is_last
 from mhajax.checkpoints import Checkpoints
 
@@ -37,6 +38,8 @@ Loss = Callable[[Params, Batch, Array], tuple[Array, dict[str, Array]]]
 
 
 _DECAYING = ("adamw", "lion")
+_NUMBERS = ("learning_rate", "weight_decay", "beta1", "beta2", "clip_norm", "label_smoothing", "average_decay")
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +86,20 @@ class Config:
     checkpoint_every: int = 500
 
     def __post_init__(self):
-        for name in ("seeds", "steps", "accumulate", "log_every", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("seed", "warmup_steps", "weight_decay", "clip_norm"):
+        arguments.integers(self, "seeds", "steps", "accumulate", "log_every", "evaluate_every", "checkpoint_every")
+        arguments.integers(self, "seed", "warmup_steps", least=0)
+        for name in ("optimizer", "schedule"):
+            _check_choice(name, getattr(self, name), get_args(get_type_hints(Config)[name]))
+        for name in _NUMBERS:
+            _check_number(name, getattr(self, name), optional=name == "weight_decay")
+        for name in ("weight_decay", "clip_norm"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("beta1", "beta2", "label_smoothing", "average_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+            if np.float32(getattr(self, name)) == 1:
+                raise ValueError(f"{name} must be in [0, 1) as a float32, got {getattr(self, name)}, which is 1 in it.")
         for name in ("steps", "accumulate"):
             if getattr(self, name) >= 2**31:
                 raise ValueError(
@@ -109,6 +117,9 @@ class Config:
             )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
+            if (getattr(self, name) or 0) > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST:.2g} (a float32), got {getattr(self, name)}.")
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps must be below steps, got warmup_steps={self.warmup_steps} and steps={self.steps}; "
@@ -119,6 +130,22 @@ class Config:
     def updates(self) -> int:
         """How often the parameters change."""
         return -(-self.steps // self.accumulate)
+
+
+def _check_choice(name: str, given: Any, known: tuple[str, ...]) -> None:
+    if given not in known:
+        near = difflib.get_close_matches(str(given), known, n=1)
+        advice = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {arguments.kind_of(given)}{advice}")
+
+
+def _check_number(name: str, given: Any, *, optional: bool) -> None:
+    if optional and given is None:
+        return
+    if isinstance(given, bool | np.bool_) or not isinstance(given, int | float | np.number):
+        raise TypeError(f"{name} must be a number, got {arguments.kind_of(given)}.")
+    if not np.isfinite(given):
+        raise ValueError(f"{name} must be finite, got {given}.")
 
 
 class State(NamedTuple):
@@ -136,7 +163,7 @@ class State(NamedTuple):
 
 
 class NonFinite(ArithmeticError):
-    """A loss or a gradient became NaN or infinite; `batch` is the number of its batch, from 1."""
+    """A loss, a gradient or a parameter became NaN or infinite; `batch` is the number of its batch, from 1."""
 
     def __init__(self, message: str, batch: int):
         super().__init__(message)
@@ -278,7 +305,7 @@ def fit(
       The last state.
 
     Raises:
-      NonFinite: a loss or gradient is not finite; the checkpoint before it is whole.
+      NonFinite: a loss, gradient or parameter is not finite; the checkpoint before it is whole.
       Interrupted: after SIGINT or SIGTERM, once the state is saved.
     """
     done = int(state.step)
@@ -289,9 +316,16 @@ def fit(
         pending.clear()
         for line in lines:
             if not all(np.all(np.isfinite(line[name])) for name in ("loss", "gradient_norm")):
-                raise NonFinite(_non_finite_message(line, checkpoints), line["step"])
+                numbers = json.dumps({name: line[name] for name in ("loss", "gradient_norm")})
+                raise NonFinite(_non_finite_message(line["step"], numbers, checkpoints), line["step"])
         if lines:
             record(lines)
+
+    def check() -> None:
+        """The last update too, which no loss has seen, before its parameters are judged or kept."""
+        report()
+        if not all(map(_all_finite, jax.tree.leaves((state.params, state.average)))):
+            raise NonFinite(_non_finite_message(done, "a parameter after its update", checkpoints), done)
 
     with _stop_signals() as stop:
         stream: Iterator[Batch] = iter(batches(done))
@@ -304,12 +338,12 @@ def fit(
                 report()
             best = False
             if evaluate is not None and (last or done % config.evaluate_every == 0):
-                report()
+                check()
                 result = evaluate(state.evaluated)
                 record([{"step": done, **result}])
                 best = checkpoints is not None and checkpoints.offer(state, float(np.mean(result.get("score", 0.0))))
             if checkpoints is not None and (last or stop or best or done % config.checkpoint_every == 0):
-                report()
+                check()
                 checkpoints.save(state)
             if stop and not last:
                 raise Interrupted(f"stopped by {stop[0]} after batch {done} of {config.steps}; the state is saved.")
@@ -338,12 +372,16 @@ def _numbers(metrics: dict[str, Array]) -> dict[str, Any]:
     return {name: np.asarray(value).astype(float).tolist() for name, value in jax.device_get(metrics).items()}
 
 
-def _non_finite_message(line: Metrics, checkpoints: Checkpoints | None) -> str:
-    numbers = json.dumps({name: line[name] for name in ("loss", "gradient_norm")})
+def _all_finite(array: Array) -> bool:
+    """On the host, where a checkpoint brings it anyway: no program is compiled for it."""
+    return all(np.all(np.isfinite(np.asarray(shard.data))) for shard in array.addressable_shards)
+
+
+def _non_finite_message(batch: int, what: str, checkpoints: Checkpoints | None) -> str:
     saved = None if checkpoints is None else checkpoints.latest_step()
     kept = "nothing was saved before" if saved is None else f"the last good state, after batch {saved}, is kept"
     return (
-        f"training stopped at batch {line['step']}: {numbers} is not finite; {kept}. "
+        f"training stopped at batch {batch}: {what} is not finite; {kept}. "
         "Try a lower training.learning_rate, a longer training.warmup_steps, or training.clip_norm = 1.0."
     )
 

@@ -499,3 +499,16 @@ def test_layers_of_another_number_are_refused(lm):
     short = apart._replace(stack=apart.stack._replace(layers=apart.stack.layers[:-1]))
     with pytest.raises(ValueError, match=f"num_layers={LM.num_layers}, got .* layers; params and config do not belong"):
         language_model.extend(short, TOKENS[:, :3], language_model.init_cache((B,), T, LM), LM)
+
+
+def test_a_cache_of_other_leading_axes_is_refused():
+    config = attention.Config(d_model=4, num_heads=2)
+    params = attention.init_params(jax.random.key(0), config)
+    for leading in ((3,), (1,), (2, 1), ()):
+        with pytest.raises(ValueError, match="leading axes of the new tokens must be those of the cache") as caught:
+            cache.extend(params, jnp.ones((2, 1, 4)), cache.init(leading, 5, config), config)
+        assert f"{leading} with K=2, got (2,) with K=2" in str(caught.value)
+    with pytest.raises(TypeError, match=r"leading must be a tuple of sizes, got 2; write \(2,\)"):
+        cache.init(2, 5, config)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="a size of leading must be an integer, got 2.0; write 2"):
+        cache.init((2.0,), 5, config)  # pyright: ignore[reportArgumentType]

@@ -33,6 +33,12 @@ def quick_run(tmp_path_factory, quick_compiles):
     return json.loads(out.splitlines()[-1]), run, folder, err
 
 
+@pytest.mark.parametrize("seed", ["-1", "99999999999"])
+def test_a_seed_that_would_wrap_is_refused(quick_run, seed):
+    status, _, err = call("sample", quick_run[1], "--seed", seed)
+    assert status == 2 and f"sample: seed must be between 0 and 2,147,483,647, got {seed}" in err
+
+
 def test_a_quick_look_says_that_it_is_one(quick_run):
     result, run, folder, err = quick_run
     assert run.name.startswith("quick-mine-") and result["quick"] is True and result["steps"] == 8

@@ -109,11 +109,37 @@ def test_what_no_search_can_do_is_refused():
         (partial(search, end=V), ValueError, "end must be at least 0 and below 4, the number of tokens"),
         (partial(generate, end=-1), ValueError, "decoding.generate: end must be at least 0 and below 4"),
         (partial(generate, length=-1), ValueError, "length must be at least 0, got -1"),
+        (partial(search, length_penalty="1"), TypeError, "length_penalty must be a number, got '1'"),
+        (
+            partial(search, length_penalty=1e5),
+            ValueError,
+            "must be a float32, got length_penalty=100000.0 and length=3",
+        ),
     ):
         with pytest.raises(kind, match=said):
             do()
     with pytest.raises(TypeError, match=r"decoding.generate: key must be a PRNG key, got 0; write jax.random.key\(0\)"):
         decoding.generate(step, start(), first, decoding.greedy, 0, length=3)
+    with pytest.raises(TypeError, match=r"choose must be what sampler\(…\) returns, got the function itself; call it"):
+        decoding.generate(step, start(), first, decoding.sampler, jax.random.key(0), length=3)  # pyright: ignore
+    assert generate(length=0).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "kind", "said"),
+    [
+        (jnp.zeros(0, int), ValueError, r"\[B\] with B at least 1, got \(0,\)"),
+        (3, TypeError, "integers .*, got 3; write"),
+        (jnp.ones((1, 1), int), ValueError, r"got \(1, 1\)"),
+        (jnp.ones(2), TypeError, r"got float32\[2\]"),
+        ([1], TypeError, "a list"),
+    ],
+)
+def test_what_a_text_goes_on_from_is_a_token_for_every_example(first, kind, said):
+    with pytest.raises(kind, match=f"decoding.generate: first must be .*{said}"):
+        decoding.generate(step, start(), first, decoding.greedy, jax.random.key(0), length=3)
+    with pytest.raises(kind, match=f"decoding.beam_search: first must be .*{said}"):
+        decoding.beam_search(step, select, start(2), first, beams=2, length=3, end=END)
 
 
 @pytest.mark.parametrize(("length_penalty", "text", "steps"), [(6.0, [2, 2, 2, END], 4), (0.0, [END] * 4, 1)])
@@ -258,7 +284,18 @@ def test_sampled_texts_follow_their_key_and_end_at_the_end():
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": 0}], ids=str
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": 1e-45},
+        {"temperature": 1e300},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": 0},
+    ],
+    ids=str,
 )
 def test_samplers_refuse_what_they_cannot_do(options):
     with pytest.raises(

@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import os
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +147,18 @@ def test_sha256_of_a_file_larger_than_one_piece(tmp_path):
     content = bytes(range(256)) * 5000
     assert files.sha256(write(tmp_path / "data.bin", content)) == hashlib.sha256(content).hexdigest()
     assert "no such file" in error_of(files.sha256, tmp_path / "other")
+
+
+def test_what_is_no_file_of_bytes_is_refused_before_it_is_read(tmp_path):
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.txt")  # reading would wait for a writer
+        assert "found a pipe or a device" in error_of(files.read_text, tmp_path / "pipe.txt")
+    if Path("/dev/zero").exists():
+        assert "/dev/zero: expected a file" in error_of(files.read_text, "/dev/zero")
+
+
+def test_a_text_beyond_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.host, "machine_memory", lambda: 4000)
+    assert "at most a quarter" in error_of(files.read_text, write(tmp_path / "large.txt", b"a" * 1001))
+    assert "at most a quarter" in error_of(files.read_text, write(tmp_path / "bomb.gz", b"a" * 100_000))  # 133 bytes
+    assert files.read_text(write(tmp_path / "room.txt", b"a" * 1000)) == "a" * 1000

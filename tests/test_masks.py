@@ -1,5 +1,6 @@
 """Masks against NumPy, whole and in blocks, alone and combined, through JAX's transformations."""
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -268,6 +269,30 @@ ERRORS = {
 def test_a_mask_has_no_truth_value(ask):
     with pytest.raises(TypeError, match="masks: a mask has no truth value, got .* write a & b .* a | b .*, ~a "):
         ask(masks.causal(), masks.window(3))
+
+
+@pytest.mark.parametrize("other", [True, np.ones((3, 3), bool), jnp.ones((3, 3), bool), [[True]]])
+def test_what_comes_first_must_be_a_mask_too(other):
+    for combine, sign in ((operator.and_, "&"), (operator.or_, r"\|")):
+        for pair in ((other, masks.causal()), (masks.causal(), other)):
+            with pytest.raises(TypeError, match=f"masks: {sign} combines two masks, got .* wrap an array: masks.dense"):
+                combine(*pair)
+
+
+@pytest.mark.parametrize("given", ["causal", {}, object()])
+def test_what_is_neither_a_mask_nor_an_array_is_named(given):
+    with pytest.raises(
+        TypeError, match=r"attention.apply: mask must be a Mask or booleans, got .*; write masks.causal\(\)"
+    ):
+        masks.as_mask(given)
+
+
+@pytest.mark.parametrize("sign", [operator.add, operator.mul, operator.sub, operator.xor])
+def test_signs_that_masks_do_not_have_say_what_to_write(sign):
+    for other in (masks.window(3), np.ones((3, 3), bool), jnp.ones((3, 3), bool)):
+        for pair in ((masks.causal(), other), (other, masks.causal())):
+            with pytest.raises(TypeError, match="masks: masks have no .* write a "):
+                sign(*pair)
 
 
 def test_both_sides_of_a_window_are_named():

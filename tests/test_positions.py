@@ -271,3 +271,29 @@ def test_frequencies_that_do_not_fit_are_refused(do, parts):
     with pytest.raises(ValueError) as caught:
         do()
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("wrong", [0.0, -2.0, float("nan"), float("inf")])
+def test_nothing_is_scaled_by_what_is_no_factor(wrong):
+    given, refused = positions.frequencies(8), r"positions\..*must be finite and above 0, got"
+    x = jnp.ones((2, 3, 8))
+    for do in (
+        lambda: positions.linear(given, wrong),
+        lambda: positions.ntk(given, wrong),
+        lambda: positions.dynamic_ntk(given, wrong, length=9, original_length=8),
+        lambda: positions.yarn(given, wrong, original_length=8),
+        lambda: positions.yarn(given, 2.0, original_length=wrong),  # pyright: ignore[reportArgumentType]
+        lambda: positions.llama3(given, wrong, original_length=8),
+        lambda: positions.longrope(given, [1.0] * 4, [1.0, 1.0, wrong, 1.0], length=9, original_length=8),
+        lambda: positions.frequencies(8, wrong),
+        lambda: positions.rotary(x, jnp.arange(3), base=wrong),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            do()
+
+
+def test_sizes_and_turns_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="positions.frequencies: width must be at least 1, got 0"):
+        positions.frequencies(0)
+    with pytest.raises(ValueError, match="slow must be above 0 and below fast, got slow=40.0 and fast=32.0"):
+        positions.yarn(positions.frequencies(8), 2.0, original_length=8, slow=40.0)

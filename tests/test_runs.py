@@ -233,6 +233,31 @@ def test_metrics_that_are_gone_only_cost_the_figure(tiny, tmp_path, metrics):
         assert "nats per character" in (copy / "figures" / "training.svg").read_text()
 
 
+@pytest.mark.parametrize(
+    ("losses", "validation", "ended"),
+    [([4.0, 3, 2], 2.0, None), ([4.0, 4.5, 4.2], 4.4, None), ([4.0, 30, 60], 50.0, "60"), ([4.0], float("nan"), "nan"),
+     ([4.0, 3, 2], 5.5, "5.5"), ([], 9.0, None)],
+)  # fmt: skip
+def test_a_training_that_diverged_says_so_and_is_drawn(tmp_path, losses, validation, ended):
+    lines = [{"step": n, "loss": [loss]} for n, loss in enumerate(losses, start=1)]
+    lines.append({"step": len(losses), "validation_loss": [validation], "score": [-validation]})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = curve.diverged(tmp_path)
+    if ended is None:
+        assert said is None
+    else:
+        assert said is not None and f"began at 4 and ended at {ended}" in said and "learning_rate" in said
+        (tmp_path / "tiny.toml").write_text(CONFIG.format(path=tmp_path / "metrics.jsonl"))
+        config = running.configs.read(tmp_path / "tiny.toml")
+        curve.draw(tmp_path, config, "character", Console(file=io.StringIO()))
+        assert (tmp_path / "figures" / "training.svg").is_file()
+
+
+def test_a_result_is_json_whatever_the_numbers_are():
+    result = {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": "nan", "e": 3}}
+    assert folders.plain(result) == {"a": None, "b": [1.5, None], "c": {"d": "nan", "e": 3}}
+
+
 def state_of(step, value=1.0, size=3):
     params = {"w": jnp.full((1, size), value)}
     return training.State(jnp.int32(step), params, (), None)

@@ -84,3 +84,20 @@ def test_step_down_by_hand():
 def test_the_null_has_the_heads_of_the_values():
     with pytest.raises(ValueError, match=r"same heads \(2,\), got \(9, 3\)"):
         max_statistic(np.ones(2), np.ones((9, 3)))
+
+
+def test_what_was_not_measured_is_not_the_best_of_all():
+    chance = np.random.default_rng(0).normal(size=(999, 3))
+    known, found = max_statistic([0.1, 5.0], chance[:, :2]), max_statistic([0.1, 5.0, np.nan], chance)
+    assert found.any == known.any == 0.001 and np.isnan(found.heads[2])
+    np.testing.assert_array_equal(found.heads[:2], known.heads)
+    assert np.isnan(max_statistic([np.nan], chance[:, :1]).any)
+    chance[5, 1] = np.nan
+    with pytest.raises(ValueError, match=r"null must be numbers where values are, got NaN at \(5, 1\)"):
+        max_statistic([0.1, 5.0, 1.0], chance)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((0, 3), 0), ((4, 3), 2), ((), 0)])
+def test_signs_of_no_sentence_are_refused(shape, axis):
+    with pytest.raises(ValueError, match="statistics.sign_flips: axis must be the axis of the sentences, at least 1"):
+        sign_flips(Tally(np.zeros(shape), np.ones(shape), np.zeros(shape)), axis=axis)

@@ -1,5 +1,7 @@
 """Intervals that cover as often as they say, by simulation; worked examples. Trials are cells of one call."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -234,3 +236,23 @@ def test_a_sentence_is_answered_by_the_head_that_the_other_half_chose():
 def test_axes_to_choose_from_are_not_the_sentences():
     with pytest.raises(ValueError, match="select_and_report: axis and heads must be different"):
         select_and_report(Tally(np.ones((3, 2)), np.array(1), np.array(1)), axis=0, heads=0)
+
+
+@pytest.mark.parametrize("level", [95, 0, 1.0, 1.5, float("nan")])
+def test_a_level_is_a_share(level):
+    tally = Tally(np.ones((4, 3)), np.ones((4, 3)), np.zeros((4, 3)))
+    for do in (estimate, difference, partial(select_and_report, heads=1)):
+        with pytest.raises(ValueError, match=r"statistics\..*: level must be in \(0, 1\), such as 0.95, got"):
+            do(tally, level=level)
+
+
+def test_parts_of_a_tally_belong_together():
+    with pytest.raises(ValueError, match=r"must broadcast to one shape, got \(4, 3\), \(4, 2\), \(4, 3\)"):
+        estimate(Tally(np.ones((4, 3)), np.ones((4, 2)), np.zeros((4, 3))))
+
+
+def test_a_head_that_was_not_measured_is_not_chosen():
+    hits = np.array([[1.0, 0, np.nan], [0, 1, np.nan], [0, 1, np.nan]] * 2)
+    whole, found = (select_and_report(Tally(a, np.array(1), np.array(0.5)), heads=1) for a in (hits[:, :2], hits))
+    np.testing.assert_array_equal(found.chosen, whole.chosen)
+    np.testing.assert_array_equal(found.best.value, whole.best.value)

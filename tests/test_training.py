@@ -365,6 +365,64 @@ def test_a_loss_that_is_not_finite_stops_with_step_checkpoint_and_advice(tmp_pat
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved.params))
 
 
+@pytest.mark.parametrize("at", [4, 12])
+def test_an_update_that_is_not_finite_is_neither_judged_nor_saved(tmp_path, step, at):
+    def spoilt(state, batch):  # loss and gradient are finite, what the update makes is not
+        state, metrics = step(state, batch)
+        if int(state.step) == at:
+            state = state._replace(params=jax.tree.map(lambda a: a.at[0].set(jnp.inf), state.params))
+        return state, metrics
+
+    checkpoints, judged = training.Checkpoints(tmp_path), []
+
+    def evaluate(params):
+        judged.append(all(np.isfinite(a).all() for a in jax.tree.leaves(params)))
+        return {"score": 1.0}
+
+    with pytest.raises(training.NonFinite, match=f"batch {at}: a parameter after its update is not finite") as error:
+        training.fit(start(), spoilt, batches, CONFIG, evaluate=evaluate, checkpoints=checkpoints)
+    assert error.value.batch == at and all(judged)
+    assert checkpoints.latest_step() == (None if at == 4 else 8)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"learning_rate": 1e300},
+        {"weight_decay": 1e39},
+        {"clip_norm": 1e39},
+        {"beta1": 1 - 1e-12},
+        {"beta2": 1 - 1e-9},
+        {"label_smoothing": 1 - 1e-9},
+        {"average_decay": 1 - 1e-12},
+    ],
+)
+def test_numbers_that_a_float32_does_not_hold_are_refused(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} must be .*float32"):
+        training.Config(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "said"),
+    [
+        ({"optimizer": "adma"}, ValueError, "one of 'adamw', 'adam', 'sgd', 'lion', got 'adma'; did you mean 'adam'?"),
+        ({"schedule": "cos"}, ValueError, "one of 'cosine', .*, got 'cos'"),
+        ({"seed": True}, TypeError, "an integer, got True"),
+        ({"steps": 200.0}, TypeError, "an integer, got 200.0; write 200"),
+        ({"beta1": "0.9"}, TypeError, "a number, got '0.9'"),
+        ({"learning_rate": float("nan")}, ValueError, "finite, got nan"),
+        ({"clip_norm": float("inf")}, ValueError, "finite"),
+        ({"weight_decay": float("nan")}, ValueError, "finite, got nan"),
+        ({"seed": -1}, ValueError, "at least 0, got -1"),
+    ],
+)
+def test_every_field_of_the_config_is_of_its_kind(wrong, kind, said):
+    (name,) = wrong
+    with pytest.raises(kind, match=f"^{name} must be {said}"):
+        training.Config(**wrong)
+
+
 @pytest.mark.slow
 def test_the_best_parameters_are_kept(tmp_path, step):
     checkpoints = training.Checkpoints(tmp_path)

@@ -285,3 +285,10 @@ def test_foreign_tokenizer(tmp_path):
 def test_ids_are_known_without_the_package():
     program = "import sys, experiments.data.vocabulary as v; assert v.EOS == 2; assert 'tokenizers' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[1])
+
+
+@pytest.mark.parametrize("size", [1000, 2**31 - 1])
+def test_a_size_beyond_the_corpus_costs_no_memory(tmp_path, size):
+    texts = ["abab abab für", "x"]
+    found = vocabulary.load_or_train(tmp_path / f"{size}.json", texts, vocabulary.Config(size=size))
+    assert found.size == 268 and found.decode(found.encode(texts[0])) == texts[0]

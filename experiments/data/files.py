@@ -9,10 +9,12 @@ import difflib
 import gzip
 import hashlib
 import os
+import stat
 import zlib
 from pathlib import Path
 from typing import IO
 
+from experiments import host
 from experiments.errors import DataError
 
 _CHUNK = 1 << 16
@@ -108,10 +110,27 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 def _content(path: Path) -> bytes:
     try:
+        about = path.stat()
+        if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
+            raise DataError(
+                f"{path}: expected a file, found a pipe or a device, which cannot be read twice (once for its "
+                "SHA-256). Write what it gives to a file, and name that."
+            )
+        _check_room(path, about.st_size)
         with path.open("rb") as file:
             return _decompressed(path, file) if path.suffix.lower() == ".gz" else file.read()
     except OSError as error:
         raise DataError(_cannot_open(path, error)) from None
+
+
+def _check_room(path: Path, size: int) -> None:
+    """A text is there as bytes, as characters and as tokens at once, so that it may have a quarter of the memory."""
+    there = host.machine_memory()
+    if there is not None and size > there // 4:
+        raise DataError(
+            f"{path}: a text must be at most a quarter of this machine's memory, {there / 2**32:,.1f} GiB here, got "
+            f"{size / 2**30:,.1f} GiB or more. Give a part of it."
+        )
 
 
 def _decompressed(path: Path, file: IO[bytes]) -> bytes:
@@ -121,6 +140,7 @@ def _decompressed(path: Path, file: IO[bytes]) -> bytes:
         with gzip.GzipFile(fileobj=file) as unzipped:
             while chunk := unzipped.read1(_CHUNK):
                 content += chunk
+                _check_room(path, len(content))
     except EOFError:
         damage = "the file stops before its end (truncated .gz)"
     except (zlib.error, gzip.BadGzipFile) as error:

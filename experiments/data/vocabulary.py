@@ -250,8 +250,9 @@ def _train_bpe(texts: list[str], size: int) -> "Tokenizer":
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
+    merges = sum(len(text.encode("utf-8", "surrogatepass")) + 1 for text in texts)  # at most, a byte or more each
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=min(size, smallest + merges),  # it allocates for all of them, and ends the process if it cannot
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -170,6 +170,26 @@ class Mask:
     def __invert__(self) -> Mask:
         return Not(self)
 
+    __array_ufunc__ = None  # so that numpy asks us too, below
+
+    def __rand__(self, other: object) -> Mask:  # what comes first is no Mask
+        return And(_operand(other, "&"), self)
+
+    def __ror__(self, other: object) -> Mask:
+        return Or(_operand(other, "|"), self)
+
+    def __xor__(self, other: object) -> Mask:
+        raise TypeError("masks: masks have no ^; write a & ~b | ~a & b.")
+
+    def __sub__(self, other: object) -> Mask:
+        raise TypeError("masks: masks have no -; write a & ~b for what a allows and b does not.")
+
+    def __add__(self, other: object) -> Mask:
+        raise TypeError("masks: masks have no + and no *; write a | b for what either allows, a & b for what both do.")
+
+    __rxor__, __rsub__, __radd__ = __xor__, __sub__, __add__
+    __mul__ = __rmul__ = __add__
+
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
 def pytree(cls):

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from mhajax.arguments import kind_of
 from mhajax.masks import static
 from mhajax.masks.algebra import Mask, Tiles, Tokens, on_grid, pytree, uncalled
 from mhajax.masks.by_position import same
@@ -209,6 +210,11 @@ def as_mask(mask: Mask | ArrayLike | None, who: str = "attention.apply") -> Mask
     if mask is None or isinstance(mask, Mask):
         return mask
     uncalled(who, mask)
+    if not hasattr(mask, "dtype") and np.asarray(mask).dtype.kind in "OUS":  # a name, a dict, rows of unequal lengths
+        raise TypeError(
+            f"{who}: mask must be a Mask or booleans, got {kind_of(mask)}; write masks.causal(), masks.lengths(…) or "
+            "another of masks, or jnp.asarray(…) of booleans [T, S]."
+        )
     return dense(mask)
 
 

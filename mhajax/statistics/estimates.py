@@ -101,6 +101,7 @@ def estimate(
       of Confidence Limits about Effect Measures: A General Approach" (the squared half widths are added instead).
     """
     total, count, baseline = _arrays("estimate", tally, axis)
+    _check_level("estimate", level)
     bounds = (0.0, 1.0) if _is_share(total, count) else (-np.inf, np.inf)
     value, low, high = _interval(total, count, bounds, level, resamples, seed)
     return _shaped(tally, axis, value, low, high, _mean_ratio(baseline, count))
@@ -128,6 +129,7 @@ def difference(
       0.25
     """
     total, count, baseline = _arrays("difference", tally, axis)
+    _check_level("difference", level)
     share = _is_share(total, count) and _is_share(baseline, count)
     bounds = (-1.0, 1.0) if share else (-np.inf, np.inf)
     value, low, high = _interval(total - baseline, count, bounds, level, resamples, seed)
@@ -188,6 +190,7 @@ def select_and_report(
       >>> report.best.value.item(), report.difference.value.item(), report.chosen.tolist()
       (1.0, 0.5, [2, 2])
     """
+    _check_level("select_and_report", level)
     ours, chosen = _cross_fitted(tally, axis, heads, seed)
     theirs, other = ours, None
     if alternatives is not None:
@@ -226,7 +229,7 @@ def _cross_fitted(
     for choose, report in (halves, halves[::-1]):
         total, count = (np.take(array, choose, sentences).sum(sentences) for array in flat[:2])
         rate = np.divide(total, count, out=np.full_like(total, -np.inf), where=count > 0)
-        best = rate.argmax(-1)
+        best = np.where(np.isnan(rate), -np.inf, rate).argmax(-1)  # what was not measured is not the best
         chosen.append(best)
         index = np.expand_dims(best, (sentences, -1))
         part = (slice(None),) * sentences + (report,)
@@ -237,7 +240,14 @@ def _cross_fitted(
 
 def _arrays(who: str, tally: Tally, axis: int | tuple[int, int]) -> list[np.ndarray]:
     """total, count and baseline as [seeds, sentences, everything else]; without a seed axis, one seed."""
-    arrays = np.broadcast_arrays(*(np.asarray(part, float) for part in tally))
+    parts = [np.asarray(part, float) for part in tally]
+    try:
+        arrays = np.broadcast_arrays(*parts)
+    except ValueError:
+        raise ValueError(
+            f"statistics.{who}: total, count and baseline of a tally must broadcast to one shape, got "
+            f"{', '.join(str(part.shape) for part in parts)}."
+        ) from None
     axes = axis if isinstance(axis, tuple) else (axis,)
     shape = arrays[0].shape
     if (
@@ -256,6 +266,12 @@ def _arrays(who: str, tally: Tally, axis: int | tuple[int, int]) -> list[np.ndar
         )
     front = [np.moveaxis(array, axes, range(len(axes))) for array in arrays]
     return [array.reshape((1,) * (2 - len(axes)) + array.shape[: len(axes)] + (-1,)) for array in front]
+
+
+def _check_level(who: str, level: float) -> None:
+    if not 0 < level < 1:
+        advice = f"; write {level / 100:g}" if 1 < level < 100 else "."
+        raise ValueError(f"statistics.{who}: level must be in (0, 1), such as 0.95, got {level}{advice}")
 
 
 def _shaped(tally: Tally, axis: int | tuple[int, int], *parts: np.ndarray) -> Measure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -141,6 +142,11 @@ def sign_flips(tally: Tally, *, axis: int = 0, resamples: int = 9999, seed: int 
       ([0.25, 0.08], (7, 2))
     """
     total, count, baseline = np.broadcast_arrays(*(np.asarray(part, float) for part in tally))
+    if not -total.ndim <= axis < total.ndim or not total.shape[axis]:
+        raise ValueError(
+            "statistics.sign_flips: axis must be the axis of the sentences, at least 1, of a tally, "
+            f"got axis={axis} and {total.shape}."
+        )
     off = np.moveaxis(total - baseline, axis, 0)
     flat = off.reshape(len(off), -1)
     counted = count.sum(axis).ravel()
@@ -160,10 +166,11 @@ def max_statistic(values: ArrayLike, null: ArrayLike) -> Maximum:
 
     Returns:
       A Maximum. The p of a head says the chance that *any* head without the property gets so far (step-down: heads
-      that were found are left out when the next one is judged). With n samples no p is below 1 / (n + 1).
+      that were found are left out when the next one is judged). With n samples no p is below 1 / (n + 1). Heads whose
+      value is NaN count for nothing, and their p is NaN.
 
     Raises:
-      ValueError: null is not [samples, and the axes of values].
+      ValueError: null is not [samples, and the axes of values], or NaN where values are not.
 
     Example:
       >>> import numpy as np
@@ -181,6 +188,20 @@ def max_statistic(values: ArrayLike, null: ArrayLike) -> Maximum:
         raise ValueError(
             f"statistics.max_statistic: null must be [samples, ...] with values of the same heads {values.shape}, "
             f"got {null.shape}; from untrained models, stack one [layers, heads] for each."
+        )
+    there = ~np.isnan(values)  # what was not measured has no p, and is not the best of all
+    if not there.all():
+        adjusted = np.full(values.shape, np.nan)
+        if not there.any():
+            return Maximum(math.nan, adjusted)
+        found = max_statistic(values[there], null[:, there])
+        adjusted[there] = found.heads
+        return Maximum(found.any, adjusted)
+    if np.isnan(null).any():
+        where = tuple(int(i) for i in np.argwhere(np.isnan(null))[0])
+        raise ValueError(
+            f"statistics.max_statistic: null must be numbers where values are, got NaN at {where}; it would count as "
+            "chance that got less far."
         )
     order = np.argsort(values, axis=None)  # the worst head first
     best = np.maximum.accumulate(null.reshape(len(null), -1)[:, order], axis=1)  # of this head and those below it
