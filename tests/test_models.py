@@ -333,7 +333,9 @@ def test_feed_forward(activation, bias):
         "silu": lambda a: a / (1 + np.exp(-a)),
     }
     of_gate = {"reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu"}
-    hidden = bend[of_gate.get(activation, activation)](before) * (x @ params.w_gate + (params.b_gate if bias else 0) if gated else 1)
+    hidden = bend[of_gate.get(activation, activation)](before) * (
+        x @ params.w_gate + (params.b_gate if bias else 0) if gated else 1
+    )
     close(mlp.apply(params, x, config), hidden @ params.w_out + (params.b_out if bias else 0))
 
 
