@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from experiments.config import Experiment, Translation
 from experiments.data import corpora
+from experiments.studies import STUDIES
 
 PAIRS, HELD_OUT = 400, 20  # sentence pairs to train on, and of every other part
 CHARACTERS = 20_000  # of a text; a tenth of it to validate on
@@ -21,6 +22,8 @@ C = TypeVar("C")
 
 def shrink(config: Experiment) -> Experiment:
     """The same experiment, small; values that are smaller already stay."""
+    if config.kind in STUDIES:
+        return dataclasses.replace(STUDIES[config.kind].shrink(config), quick=True)
     train = config.training
     training = dataclasses.replace(
         train, steps=min(train.steps, STEPS), warmup_steps=min(train.warmup_steps, STEPS // 4, train.steps - 1),

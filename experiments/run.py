@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,20 @@ import numpy as np
 from rich.console import Console
 
 from experiments import config as configs
-from experiments import curve, finished, host, language_modelling, quick, schema, toml, translation, work
+from experiments import (
+    curve,
+    environment,
+    finished,
+    host,
+    kinds,
+    language_modelling,
+    quick,
+    schema,
+    studies,
+    toml,
+    translation,
+    work,
+)
 from experiments import folder as folders
 from experiments.data.vocabulary import Vocabulary
 from experiments.errors import ConfigError, DataError, UserError
@@ -26,9 +37,6 @@ from experiments.progress import Board, Display, Times
 from experiments.task import Task, seeds_of
 from mhajax import training
 from mhajax.checkpoints import Checkpoints, Damaged
-from mhajax.kernels import rules
-
-_PACKAGES = ("mhajax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "sacrebleu")
 
 
 def load(path: str, overrides: list[str], runs: str, *, small: bool = False) -> tuple[configs.Experiment, Path]:
@@ -94,8 +102,7 @@ def _not_a_run(folder: Path) -> str:
 
 def prepare(config: configs.Experiment, folder: Path) -> Task:
     """The experiment that a config describes; this is where a config becomes objects."""
-    module = translation if isinstance(config, configs.Translation) else language_modelling
-    return module.prepare(config, folder)  # pyright: ignore[reportArgumentType]
+    return kinds.TRAININGS[config.kind].prepare(config, folder)
 
 
 def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboard: bool = False) -> dict[str, Any]:
@@ -113,6 +120,8 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
       What stands in result.json.
     """
     with folders.opened(folder), work.shown_on(console):
+        if config.kind in kinds.STUDIES:
+            return studies.run(kinds.STUDIES[config.kind], config, folder, console)
         return _run(config, folder, console, tensorboard)
 
 
@@ -123,13 +132,13 @@ def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard
         console.print("[bold]a quick look[/bold]: a small model on little data; its numbers mean nothing")
     with work.piece("reading the data, making the vocabulary", 1, "step", note=""):
         task = prepare(config, folder)
-    _same_data(folder, task)
+    environment.same_data(folder, task.hashes)
     state, checkpoints = _latest(config.training, task, folder)
     if origin is not None and not (folder / CONFIG).is_file():
         write(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
     if not (folder / CONFIG).is_file():  # not before it is known to fit what the folder holds
         write(folder / CONFIG, schema.to_toml(config))
-    write(folder / ENVIRONMENT, json.dumps(_environment(task, folder), indent=2) + "\n")
+    write(folder / ENVIRONMENT, json.dumps(environment.describe(task.hashes, folder), indent=2) + "\n")
     for note in task.notes:
         console.print(note, style="dim", highlight=False, soft_wrap=True)
     was_finished = (folder / RESULT).is_file() and int(state.step) >= config.training.steps
@@ -269,6 +278,8 @@ def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:
       What stands in heads.json.
     """
     config, folder = load_run(path)
+    if config.kind not in kinds.TRAININGS:
+        raise UserError(f"{folder}: this is a study ({config.kind}), not a training; its report is {folder / REPORT}")
     try:
         config = dataclasses.replace(config, heads=dataclasses.replace(config.heads, **changes))
     except ValueError as error:
@@ -407,41 +418,3 @@ def _forget_after(path: Path, step: int) -> None:
     kept = [json.dumps(line) + "\n" for line in folders.lines(path) if line["step"] <= step]
     if kept or path.is_file():
         write(path, "".join(kept))
-
-
-def _same_data(folder: Path, task: Task) -> None:
-    """Refuse to go on with data other than those the run began with."""
-    path = folder / ENVIRONMENT
-    if path.is_file():
-        before = folders.read_json(path, "data_sha256")["data_sha256"]
-        if not isinstance(before, dict):
-            raise DataError(f"{path}: data_sha256 must name the data and their SHA-256; the file is damaged.")
-        changed = sorted(name for name in before | task.hashes if before.get(name) != task.hashes.get(name))
-        if changed:
-            raise DataError(
-                f"{folder}: this run began with other data: {', '.join(changed)} changed since. Bring the old data "
-                "back, or start a new run with --runs FOLDER."
-            )
-
-
-def _environment(task: Task, folder: Path) -> dict[str, Any]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    try:
-        decided = rules.current()
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return {
-        "python": platform.python_version(),
-        "packages": versions,
-        "machine": platform.platform(),
-        "cpus": os.cpu_count(),
-        "kernel_rules": dataclasses.asdict(decided),  # other tiles round otherwise
-        "devices": [device.device_kind for device in jax.devices()],
-        "data_sha256": task.hashes,
-        "files_sha256": folders.sums(folder),
-    }

@@ -1,0 +1,9 @@
+"""Studies: questions about heads, each answered from a config with numbers, intervals, baselines and a verdict."""
+
+from types import ModuleType
+
+from experiments.studies.study import Answer, Verdict, run
+
+STUDIES: dict[str, ModuleType] = {}
+
+__all__ = ["STUDIES", "Answer", "Verdict", "run"]

@@ -1,0 +1,109 @@
+"""What a study is to the command line: a question from a config, an answer in a run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+from rich.console import Console
+
+from experiments import environment, schema
+from experiments import folder as folders
+from experiments.errors import ConfigError
+from experiments.folder import CONFIG, ENVIRONMENT, REPORT, RESULT, write
+from experiments.page import Page
+from mhajax.figures import Drawing
+
+Word = Literal["supported", "refuted", "not resolved"]
+_COLOURS = {"supported": "green", "refuted": "red", "not resolved": "yellow"}
+
+
+class Verdict(NamedTuple):
+    """What was asked, and what came out, by the rule that the study's module states.
+
+    Attributes:
+      claim: a sentence that may be false.
+      word: "supported", "refuted" or "not resolved".
+      because: the numbers that decide it, in a sentence.
+    """
+
+    claim: str
+    word: Word
+    because: str
+
+
+class Answer(NamedTuple):
+    """What a study found.
+
+    Attributes:
+      verdicts: one for each claim.
+      numbers: for result.json: every number that the page shows.
+      page: for a reader.
+      drawings: the figures by name, for figures/.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    numbers: dict[str, Any]
+    page: Page
+    drawings: dict[str, Drawing]
+
+
+def run(study: ModuleType, config: Any, folder: Path, console: Console) -> dict[str, Any]:
+    """Answer the question of a config, and write config, environment, figures, report and result to its folder.
+
+    A study that has a result is shown again; delete result.json to have it measured anew.
+
+    Args:
+      study: the module of its kind, see `experiments.kinds`.
+      config: its Config.
+      folder: of the run, which is this process's.
+      console: where a person reads.
+
+    Returns:
+      What stands in result.json.
+
+    Raises:
+      ConfigError: the folder is of another config.
+      DataError: data or a model is missing, damaged, or other than when the study began.
+    """
+    from mhajax import figures
+
+    text = schema.to_toml(config)
+    if (folder / CONFIG).is_file() and (folder / CONFIG).read_text(encoding="utf-8") != text:
+        raise ConfigError(f"{folder}: this is the run of another config; choose another folder with --runs.")
+    hashes = study.hashes(config)
+    environment.same_data(folder, hashes)
+    if (folder / RESULT).is_file():
+        result = folders.read_json(folder / RESULT, "verdicts")
+        _show(result, folder, console)
+        return result
+    if config.quick:
+        console.print("[bold]a quick look[/bold]: very little data; its numbers mean nothing")
+    write(folder / CONFIG, text)
+    write(folder / ENVIRONMENT, json.dumps(environment.describe(hashes, folder), indent=2) + "\n")
+    began = time.perf_counter()
+    answer: Answer = study.answer(config)
+    for name, drawing in answer.drawings.items():
+        figures.save(drawing, folder / "figures" / name)
+    answer.page.save(folder / REPORT)
+    result = folders.plain({
+        "kind": config.kind,
+        **({"quick": True} if config.quick else {}),
+        "verdicts": [verdict._asdict() for verdict in answer.verdicts],
+        **answer.numbers,
+        "seconds": time.perf_counter() - began,
+    })  # fmt: skip
+    write(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    _show(result, folder, console)
+    return result
+
+
+def _show(result: dict[str, Any], folder: Path, console: Console) -> None:
+    for verdict in result["verdicts"]:
+        colour = _COLOURS.get(verdict["word"], "white")
+        console.print(f"[bold {colour}]{verdict['word']}[/]  {verdict['claim']}", soft_wrap=True, highlight=False)
+        console.print(f"    {verdict['because']}", style="dim", soft_wrap=True, highlight=False)
+    console.print(f"{result['seconds']:.0f} s · the report is {folder / REPORT}", highlight=False, soft_wrap=True)
