@@ -21,6 +21,7 @@ Run an experiment from a config file, or go on with one from the folder of an ea
 
 Other commands:
   python -m experiments heads RUN                         measure what its heads do: RUN/report.html
+  python -m experiments heads MODEL --text FILE           the same of a pretrained model: a folder, a GGUF file
   python -m experiments translate RUN < sentences.txt     translate lines from standard input
   python -m experiments sample RUN [--prompt TEXT]        let a language model write
   python -m experiments keys [KIND]                       what may stand in a config, and what it means
@@ -163,11 +164,18 @@ def _sample(arguments: list[str]) -> int:
 def _heads(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments heads",
-        description="Measure what the heads of a run do, with intervals and baselines; writes RUN/report.html.",
+        description="Measure what the heads of a run do, with intervals and baselines; writes RUN/report.html. With "
+        "--text, of a pretrained model: a folder with config.json and model.safetensors, a GGUF file, or the name of "
+        "one that was fetched.",
     )
-    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
-    parser.add_argument("--sentences", type=int, help="how many held-out sentences are measured")
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run, or a pretrained model")
+    parser.add_argument("--sentences", type=int, help="how many held-out sentences (windows of a text) are measured")
     parser.add_argument("--shown", type=int, help="how many of them the page shows with every head")
+    parser.add_argument("--text", metavar="FILE", help="what a pretrained model reads")
+    parser.add_argument("--length", type=int, help="tokens of a window of the text (default: 48)")
+    parser.add_argument(
+        "--runs", metavar="FOLDER", default="runs", help="where the folder of a pretrained model's report is made"
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     options = parser.parse_args(arguments)
     extras.need("experiments")
@@ -180,7 +188,20 @@ def _heads(arguments: list[str]) -> int:
 
     given = {name: getattr(options, name) for name in ("sentences", "shown")}
     changes = {name: value for name, value in given.items() if value is not None}
-    numbers = run.heads(options.run, Console(stderr=options.json), **changes)
+    console = Console(stderr=options.json)
+    if options.text is None:
+        if options.length is not None:
+            raise UserError("heads: --length is for a text; the windows of a run are those of its config.")
+        numbers = run.heads(options.run, console, **changes)
+    else:
+        extras.need("pretrained")
+        from experiments.heads import pretrained
+
+        sizes = {"windows": options.sentences or 8, "length": options.length or 48, "shown": options.shown or 4}
+        for name, value in sizes.items():
+            if value < (4 if name == "windows" else 2 if name == "length" else 1):
+                raise UserError(f"heads: {name} is too small, got {value}.")
+        numbers = pretrained.examine(options.run, options.text, options.runs, console, **sizes)
     if options.json:
         print(json.dumps(numbers, ensure_ascii=False))
     return 0

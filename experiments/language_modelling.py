@@ -22,7 +22,7 @@ from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import Vocabulary
 from experiments.errors import ConfigError
 from experiments.folder import VOCABULARY
-from experiments.heads import examined
+from experiments.heads import of_text
 from experiments.task import Task, seeds_of
 from experiments.translation import mean_and_spread
 from mhajax import cache, decoding, language_model, linen, losses
@@ -70,7 +70,7 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
         batches=lambda seen: stream.iterate(stream.position(seen)),
         tokens=lambda batch: batch.shape[0] * (batch.shape[1] - 1),
         evaluate=evaluate,
-        examine=partial(examined.of_language_model, config, corpus, words),
+        examine=partial(of_text.of_language_model, config, corpus, words),
         functional=partial(linen.functional, model),
         report=report,
         epoch=None,

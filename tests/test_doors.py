@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from reference import random_params
 
-from mhajax import attention, norm
+from mhajax import attention, masks, norm, transformer
 from mhajax.attentions import PerAttention
-from mhajax.heads import surgery
+from mhajax.heads import ablation, surgery
 
 NORM = norm.Config(d_model=6, norm="layer")
 
@@ -60,6 +60,18 @@ def test_a_model_of_ones_own_has_surgery():
 
 class Other(NamedTuple):
     near: object
+
+
+def test_a_model_of_ones_own_has_its_heads_removed_one_by_one():
+    """A stack of ours inside a model of one's own: it says its stages, by its own names."""
+    config = transformer.Config(d_model=6, num_heads=3, num_layers=2, d_ff=5)
+    params, x = random_params(transformer.init_params, config), jnp.ones((2, 5, 6)) + jnp.arange(5)[:, None]
+    stage = transformer.Stage(params, config, x, {"mask": masks.causal()}, {"attention": "mine"})
+    loss = lambda features: jnp.sum(features**3, (-2, -1))  # noqa: E731
+    found = jax.jit(lambda: ablation.of_stages([stage], loss))()
+    gates = PerAttention(mine=jnp.ones((2, 3)).at[1, 2].set(0))
+    without = jax.jit(lambda gates: loss(transformer.run_stage(stage, (), gates=gates)[0]))(gates)
+    np.testing.assert_allclose(found.mine[1, :, 2], without, rtol=1e-5)
 
 
 def test_who_says_nothing_of_its_attentions_is_refused():

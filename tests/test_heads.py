@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.config import LanguageModelling, Translation, Windows
 from experiments.data import corpora, vocabulary
-from experiments.heads import costs, examined, findings, gold, measure, numbers, report, roles, table
+from experiments.heads import costs, examined, findings, gold, measure, numbers, of_text, report, roles, table
 from mhajax import language_model, translator
 from mhajax.statistics import Measure
 
@@ -215,7 +215,7 @@ def test_a_language_model_of_one_seed_has_a_report_too():
     config = LanguageModelling(
         data=corpora.TextFile(path="unused"), model=shape, batches=Windows(size=4, length=12)
     )  # fmt: skip
-    model = examined.of_language_model(config, corpora.TextCorpus(text, text, {}), words, 7)
+    model = of_text.of_language_model(config, corpora.TextCorpus(text, text, {}), words, 7)
     assert [model.rows(batch) for batch in model.batches] == [[0, 1, 2, 3], [0, 1, 2]]
     params = [language_model.init_params(jax.random.key(0), shape)]
     found = findings.examine(model, params, params, Console(quiet=True))

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
-from mhajax import decoding, language_model, masks, pretrained
+from mhajax import decoding, encoder, language_model, masks, pretrained
 
 transformers: Any = pytest.importorskip("transformers", reason="needs the extra oracles: pip install 'mhajax[oracles]'")
 torch: Any = pytest.importorskip("torch", reason="needs the extra oracles")
@@ -171,3 +172,84 @@ def test_what_is_saved_is_bit_for_bit_what_was_loaded(made, name, tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     for key, value in theirs.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
+
+
+# The real ones ---------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "The bank of the river was steep.",
+    "She put the money that she had saved for years into the bank on the other side of the street.",
+    "Attention!",
+]
+
+
+@pytest.fixture(scope="module")
+def real():
+    """A function from a name to its files; skips where they were not fetched."""
+    from experiments.data.pretrained_files import locate
+    from experiments.errors import DataError
+
+    def found(name):
+        try:
+            return locate(name)
+        except DataError as error:
+            pytest.skip(str(error))
+
+    return found
+
+
+@pytest.mark.slow
+def test_minilm(real):
+    folder = real("minilm")
+    ours = pretrained.load(folder)
+    theirs = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    tokens = [ours.tokenizer.encode(text).ids for text in TEXTS]
+    padded = np.zeros((len(TEXTS), max(map(len, tokens))), int)
+    for row, some in zip(padded, tokens, strict=True):
+        row[: len(some)] = some
+    lengths = np.array([len(some) for some in tokens])
+    real_ones = np.arange(padded.shape[1]) < lengths[:, None]
+    with torch.no_grad():
+        out = theirs(torch.tensor(padded), attention_mask=torch.tensor(real_ones.astype(int)), output_attentions=True)
+    x, seen = jax.jit(
+        lambda params: encoder.apply_captured(params, jnp.asarray(padded), ours.config, mask=masks.lengths(lengths))
+    )(ours.params)
+    np.testing.assert_allclose(np.asarray(x)[real_ones], out.last_hidden_state.numpy()[real_ones], rtol=1e-4, atol=1e-4)
+    for layer, attention in enumerate(out.attentions):
+        np.testing.assert_allclose(seen.attention["weights"][layer][0], attention[0].numpy(), rtol=1e-4, atol=1e-4)
+
+
+def mean_loss(logits, tokens):
+    """Of the next token, in nats."""
+    surprise = scipy.special.log_softmax(np.float64(logits[:, :-1]), axis=-1)
+    return -np.mean(np.take_along_axis(surprise, tokens[:, 1:, None], -1))
+
+
+@pytest.mark.slow
+def test_smollm2(real):
+    file = real("smollm2")
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    ours = pretrained.load(file)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    tokens = np.array([ours.tokenizer.encode(" ".join(TEXTS * 3)).ids])
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens)).logits.numpy()
+    found = np.asarray(
+        jax.jit(lambda params: language_model.apply(params, jnp.asarray(tokens), ours.config))(ours.params)
+    )
+    assert abs(mean_loss(found, tokens) - mean_loss(logits, tokens)) < 1e-3
+    np.testing.assert_allclose(found, logits, rtol=1e-3, atol=5e-3)
+    prompt = tokens[:, :8]
+    limit = {
+        "max_new_tokens": 50,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "repetition_penalty": 1.0,
+    }
+    expected = theirs.generate(torch.tensor(prompt), attention_mask=torch.ones(1, 8, dtype=int), **limit).numpy()[:, 8:]
+    written = jax.jit(lambda params, prompt: greedy(ours._replace(params=params), prompt, 50))(ours.params, prompt)
+    np.testing.assert_array_equal(written, expected)

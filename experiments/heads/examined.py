@@ -12,12 +12,12 @@ import numpy as np
 from jax import Array
 
 from experiments import work
-from experiments.config import LanguageModelling, Translation
+from experiments.config import Translation
 from experiments.data import batches, corpora
 from experiments.data.grammar import Pair
 from experiments.data.vocabulary import Vocabulary
 from experiments.heads import gold
-from mhajax import embedding, language_model, translator
+from mhajax import embedding, translator
 from mhajax.heads import ablation
 
 
@@ -168,10 +168,10 @@ def of_translator(config: Translation, corpus: corpora.ParallelCorpus, words: Vo
             params, batch.source, batch.target[:, :-1], shape,
             source_lengths=batch.source_lengths, gates=gates,
         )  # fmt: skip
-        return _nats(params.embedding.tokens, features, batch.target[:, 1:])
+        return nats(params.embedding.tokens, features, batch.target[:, 1:])
 
     def ablated(params, batch, sums):
-        readout = lambda features: sums(_nats(params.embedding.tokens, features, batch.target[:, 1:]))  # noqa: E731
+        readout = lambda features: sums(nats(params.embedding.tokens, features, batch.target[:, 1:]))  # noqa: E731
         stages = translator.stages(
             params, batch.source, batch.target[:, :-1], shape, source_lengths=batch.source_lengths
         )
@@ -204,62 +204,7 @@ def of_translator(config: Translation, corpus: corpora.ParallelCorpus, words: Vo
     )  # fmt: skip
 
 
-class Windows(NamedTuple):
-    """A batch of windows of a text: tokens [B, T + 1], lengths [B] and the number of each window."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]  (nobody searches this tuple)
-
-
-def of_language_model(
-    config: LanguageModelling, corpus: corpora.TextCorpus, words: Vocabulary, sentences: int
-) -> Examined:
-    """A language model, on the first windows of its validation text."""
-    shape = replace(config.model, vocab_size=words.size)
-    length, rows = config.batches.length, config.batches.size
-    text = np.asarray(words.encode(corpus.validation), np.int32)[: sentences * length + 1]
-    held_out = []
-    for batch in batches.windows(text, batch_size=rows, length=length):
-        number = np.arange(rows) + len(held_out) * rows
-        held_out.append(Windows(batch.tokens, batch.lengths, np.where(batch.lengths > 0, number, batches.FILLER)))
-
-    def real(batch) -> np.ndarray:
-        return np.arange(length) < batch.lengths[:, None]
-
-    def capture(params, batch, names):
-        return {"self": language_model.apply_captured(params, batch.tokens[:, :-1], shape, capture=names)[1].attention}
-
-    def losses(params, batch, gates):
-        gates = {"attention": gates["self"]}
-        features = language_model.features(params, batch.tokens[:, :-1], shape, gates=gates)
-        return _nats(params.table, features, batch.tokens[:, 1:])
-
-    def ablated(params, batch, sums) -> dict[str, Any]:
-        readout = lambda features: sums(_nats(params.table, features, batch.tokens[:, 1:]))  # noqa: E731
-        stages = language_model.stages(params, batch.tokens[:, :-1], shape)
-        return {"self": ablation.of_stages(stages, readout).attention}
-
-    def sentence(batch, row: int) -> Sentence:
-        ids = [int(token) for token in batch.tokens[row, : batch.lengths[row]]]
-        pieces = words.pieces(ids)
-        both = Words(pieces, pieces)
-        return Sentence({"self": both}, both, words.decode(ids))
-
-    return Examined(
-        kinds=(Kind("self", "Attention of the text to itself", shape.num_layers, shape.num_heads),),
-        origin="windows of the validation text, which was not trained on, but whose loss chose the best parameters",
-        unit=words.unit, sequence="window",
-        batches=held_out, index=lambda batch: batch.index, capture=capture,
-        visible=lambda batch: {"self": real(batch)[:, :, None] & np.tril(np.ones((length, length), bool))},
-        tokens=lambda batch: {"self": (batch.tokens[:, :-1],) * 2},
-        losses=losses, ablated=ablated, predicted=lambda batch: real(batch)[..., None],
-        categories=(f"all {words.unit}s",),
-        right=lambda batch: {}, relations=(), rules=lambda batch, relation: {}, sentence=sentence,
-    )  # fmt: skip
-
-
-def _nats(table: Array, features: Array, targets: Array) -> Array:
-    """-log p of every target, [B, T]."""
-    logits = embedding.logits(table, features)
+def nats(table: Array, features: Array, targets: Array, bias: Array | float = 0.0) -> Array:
+    """-log p of every target, [B, T], by logits from a table [V, E] and a bias [V]."""
+    logits = embedding.logits(table, features) + bias
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -105,8 +105,8 @@ def save(folder: Path | str, params: Any, config: Any, like: Pretrained) -> Path
     Raises:
       ValueError: if the files of this kind of model have no place for a parameter; else as `write_safetensors`.
     """
-    tensors = to_tensors(params, config, like.source)
-    return write_safetensors(folder, tensors, sizes(config, like.source), like.tokenizer)
+    described = sizes(config, like.source)
+    return write_safetensors(folder, to_tensors(params, config, like.source), described, like.tokenizer)
 
 
 def open_files(path: Path | str) -> Source:

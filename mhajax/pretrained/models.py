@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 from mhajax import tree
 from mhajax.pretrained.families import FAMILIES
 from mhajax.pretrained.families.leaves import Leaf
-from mhajax.pretrained.source import Source, UnreadableFile, check
+from mhajax.pretrained.source import Arrays, Source, UnreadableFile, check
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -103,15 +104,26 @@ def to_tensors(params: Any, config: Any, source: Source) -> Iterator[tuple[str, 
 
 
 def sizes(config: Any, source: Source) -> dict[str, Any]:
-    """The config.json of the model as it is now: that of the file, with the numbers of heads that there are."""
+    """The config.json of the model as it is now: that of the file, with the numbers of heads that there are.
+
+    Raises:
+      ValueError: if this kind of model cannot have what the config says.
+    """
     changed = dict(source.config)
     for name in ("num_attention_heads", "n_heads", "n_head"):
         if name in changed:
             changed[name] = config.num_heads
-    if "num_key_value_heads" in changed or config.kv_heads != config.num_heads:
+    if "num_key_value_heads" in changed:
         changed["num_key_value_heads"] = config.kv_heads
     if config.width * config.num_heads != config.d_model or "head_dim" in changed:
         changed["head_dim"] = config.width
+    again = _family(source).read_config(replace(Arrays(dict.fromkeys(source.names, np.empty(0))), config=changed))
+    for name in ("d_model", "num_heads", "kv_heads", "width", "value_width", "num_layers", "vocab_size", "hidden"):
+        if getattr(again, name) != getattr(config, name):
+            raise ValueError(
+                f"pretrained.save: config must have {name}={getattr(again, name)} for the files of a "
+                f"{source.config['model_type']}, got {getattr(config, name)}."
+            )
     return changed
 
 

@@ -1,0 +1,99 @@
+"""The report about the heads of a pretrained model: `python -m experiments heads FOLDER_OR_FILE --text FILE`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from experiments import folder as folders
+from experiments import work
+from experiments.data import files
+from experiments.errors import DataError, UserError
+from experiments.folder import HEADS, REPORT, write
+from experiments.heads import findings, numbers, of_text, report
+from experiments.studies import models
+from mhajax import encoder
+from mhajax.pretrained import Pretrained
+
+ROWS = 4  # windows that are computed together
+
+
+def examine(
+    name: str, text: str, runs: str | Path, console: Console, *, windows: int, length: int, shown: int
+) -> dict[str, Any]:
+    """Measure the heads of a pretrained model on a text: writes report.html, heads.json and figures to a new folder.
+
+    The untrained model of the report is the same one with the numbers of every matrix and vector in another order.
+
+    Args:
+      name: "minilm", "smollm2", or a file or folder.
+      text: a text file; its beginning is read.
+      runs: where the folder is made.
+      console: where a person reads.
+      windows: how many windows of the text are measured.
+      length: tokens of a window.
+      shown: how many of them can be looked at.
+
+    Returns:
+      What stands in heads.json.
+
+    Raises:
+      DataError: the model or the text is missing or cannot be read.
+      UserError: for a model that predicts no tokens.
+    """
+    from mhajax import figures
+
+    loaded = models.load(name)
+    hidden = _hidden(name, loaded)
+    content = files.read_text(text)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise DataError(f"{name}: there is no tokenizer beside the model; heads reads a text.")
+    ids = np.asarray(tokenizer.encode(content[: 16 * windows * length], add_special_tokens=False).ids, np.int32)
+    read = of_text.Text(
+        ids[: windows * length + 1], length, ROWS, "token",
+        lambda some: [tokenizer.decode([one]) for one in some], tokenizer.decode,
+        f"windows of {Path(text).name}",
+    )  # fmt: skip
+    stem = f"heads-{Path(name).stem}"
+    settings = json.dumps([name, models.digest(name), text, windows, length])
+    folder = Path(runs) / folders.name(stem, settings)
+    with folders.opened(folder), work.shown_on(console):
+        console.print(f"[dim]folder[/dim] {folder}", highlight=False, soft_wrap=True)
+        model = of_text.of_text(loaded.model, loaded.config, read, hidden)
+        found = findings.examine(model, [loaded.params], [shuffled(loaded.params)], console)
+        page, drawings = report.make(model, found, [loaded.params], Path(name).stem, shown)
+        for drawing_name, drawing in drawings.items():
+            figures.save(drawing, folder / "figures" / "heads" / drawing_name)
+        measured = numbers.as_json(model, found, 1)
+        write(folder / HEADS, json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+        page.save(folder / REPORT)
+        write(folder / "config.toml", f"# heads of {name} on {text}\n")
+    console.print(f"the report about the heads is {folder / REPORT}, its numbers are {folder / HEADS}", soft_wrap=True)
+    return measured
+
+
+def shuffled(params: Any, seed: int = 0) -> Any:
+    """Parameters with the numbers of every array in another order: of the same scale, with nothing learned."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: random.permutation(np.asarray(a).ravel()).reshape(a.shape), params)
+
+
+def _hidden(name: str, loaded: Pretrained) -> int:
+    """The token that hides others, of an encoder."""
+    if loaded.model is not encoder:
+        return 0
+    if loaded.params.head is None:
+        raise UserError(
+            f"{name}: this encoder has no head that predicts tokens, so there is no loss to lose; its attention is "
+            "asked by configs/bank.toml and configs/syntax.toml."
+        )
+    found = loaded.tokenizer and (loaded.tokenizer.token_to_id("[MASK]") or loaded.tokenizer.token_to_id("<mask>"))
+    if not found:
+        raise DataError(f"{name}: the tokenizer has no token that hides others, [MASK] or <mask>.")
+    return int(found)
