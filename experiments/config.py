@@ -11,6 +11,7 @@ from typing import Any, Literal
 from experiments import schema, toml
 from experiments.data import corpora, paths, vocabulary
 from experiments.errors import ConfigError
+from experiments.studies import word_sense
 from mhajax import decoding, language_model, training, translator
 
 
@@ -199,7 +200,7 @@ class LanguageModelling:
     heads: Heads = Heads(sentences=32)
 
 
-Experiment = Translation | LanguageModelling
+Experiment = Translation | LanguageModelling | word_sense.Config
 LARGEST = 2**31 - 1  # what an int32 holds, and every number here becomes one somewhere
 
 

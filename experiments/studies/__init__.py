@@ -2,8 +2,9 @@
 
 from types import ModuleType
 
+from experiments.studies import word_sense
 from experiments.studies.study import Answer, Verdict, run
 
-STUDIES: dict[str, ModuleType] = {}
+STUDIES: dict[str, ModuleType] = {"word_sense": word_sense}
 
 __all__ = ["STUDIES", "Answer", "Verdict", "run"]
