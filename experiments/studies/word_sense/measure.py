@@ -92,7 +92,7 @@ class Seen(NamedTuple):
       causal: whether it sees only what stands before a word.
       layers, heads: of the model.
       layer: the layer whose vectors are classified.
-      validated: macro-F1 of every layer on the training sentences, cross-validated, mean over words, [L].
+      validated: macro-F1 of every layer that was tried, on the training sentences, cross-validated, mean over words.
       words: by ambiguous word.
     """
 
@@ -106,7 +106,7 @@ class Seen(NamedTuple):
 
 def examine(loaded: Pretrained, words: Sequence[Word], config: Config) -> Seen:
     """Everything that is counted in one model."""
-    whole = Reader(loaded)
+    whole = Reader(loaded, min(config.deepest, loaded.config.num_layers))
     spelling = Spelling(loaded.tokenizer, whole.causal)
     parts = [_part(word, config) for word in words]
     trained = [whole.layers([spelling.text(one) for one in train]) for train, _ in parts]
@@ -123,7 +123,7 @@ def examine(loaded: Pretrained, words: Sequence[Word], config: Config) -> Seen:
         _word(reader, spelling, word, *part, vectors[:, layer - 1], config)
         for word, part, vectors in zip(words, parts, trained, strict=True)
     ]
-    return Seen(whole.causal, whole.layer, whole.heads, layer, validated, each)
+    return Seen(whole.causal, loaded.config.num_layers, whole.heads, layer, validated, each)
 
 
 def gold_of(sentences: Sequence[Sentence]) -> np.ndarray:

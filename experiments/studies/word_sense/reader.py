@@ -90,7 +90,7 @@ class Reader:
         out: np.ndarray | None = None
         with work.piece(what, len(texts), "sentences") as piece:
             lists = [text.tokens for text in texts]
-            for batch in models.batches(lists, tokens=512, step=16 if self.causal else 32):
+            for batch in models.batches(lists, tokens=256, step=16 if self.causal else 32):
                 target = np.zeros(batch.tokens.shape, np.float32)
                 for row, index in enumerate(batch.index):
                     if index >= 0:

@@ -94,8 +94,8 @@ def _layer_note(name: str, found: Model) -> str:
     seen = found.seen
     best = int(np.argmax(seen.validated))
     return (
-        f"{name}: cross-validated on training sentences, macro-F1 is highest in layer {best + 1} "
-        f"({seen.validated[best]:.3f}); layer {seen.layer} ({seen.validated[seen.layer - 1]:.3f}) is the first within "
+        f"{name}: cross-validated on training sentences, macro-F1 of the first {len(seen.validated)} layers is highest in layer "
+        f"{best + 1} ({seen.validated[best]:.3f}); layer {seen.layer} ({seen.validated[seen.layer - 1]:.3f}) is the first within "
         f"the tolerance, and is used. Heads of the {seen.layers - seen.layer} layers after it cannot matter here."
     )
 
