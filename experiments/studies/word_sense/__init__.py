@@ -5,8 +5,9 @@ part of the sentences, tested on the other) tells the sense from the vector that
 are removed, attention is made uniform, and the word that counts most for the answer, the cue, is moved.
 
 The layer is the first one whose macro-F1 on the training sentences, cross-validated, is within `tolerated` of the best
-layer's, of the first `deepest` layers: a head is removed at the price of all layers after it. Test sentences decide nothing but the verdicts. Intervals are of 95 %, from resampled test sentences; a number
-for a model is the mean over its words.
+layer's, of the first `deepest` layers: a head is removed at the price of all layers after it. Test sentences decide
+nothing but the verdicts. Intervals are of 95 %, from resampled test sentences; a number for a model is the mean over
+its words.
 
 The rules, stated before the study was run. For every model:
 
@@ -98,8 +99,8 @@ def shrink(config: Config) -> Config:
     """A quick look: one word, few sentences."""
     return replace(
         config, data=replace(config.data, words=config.data.words[:1]), reach=min(config.reach, 6),
-        most=min(config.most or 30, 30), deepest=min(config.deepest, 4), per_sense=min(config.per_sense, 4), top=min(config.top, 2),
-        draws=min(config.draws, 3), resamples=min(config.resamples, 200),
+        most=min(config.most or 30, 30), deepest=min(config.deepest, 4), per_sense=min(config.per_sense, 4),
+        top=min(config.top, 2), draws=min(config.draws, 3), resamples=min(config.resamples, 200),
     )  # fmt: skip
 
 

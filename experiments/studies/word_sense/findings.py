@@ -133,8 +133,10 @@ def of_model(seen: Seen, config: Config) -> Model:
     )  # fmt: skip
 
     shape = words[0].lost.shape[1:]
-    f1 = [interval(full - scores(lambda word, at=at: word.without[:, at[0], at[1]], part, weights).mean(0), baseline=0.0)
-          for at in np.ndindex(shape)]  # fmt: skip
+    f1 = []
+    for at in np.ndindex(shape):
+        left = scores(lambda word, at=at: word.without[:, at[0], at[1]], part, weights).mean(0)
+        f1.append(interval(full - left, baseline=0.0))
     heads = _heads(words, weights, Measure(*(np.reshape(one, shape) for one in zip(*f1, strict=True))), config)
 
     weights = drawn(lambda word: len(word.cues.sentence))

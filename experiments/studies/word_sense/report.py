@@ -63,7 +63,7 @@ def _sense(section: Section, models: dict[str, Model], drawings: dict[str, Drawi
     )
     for name, found in models.items():
         rows = [
-            [word if word != "mean" else "mean of the words", *(of[arm]._replace(baseline=np.asarray(np.nan)) for arm in ARMS)]
+            ["mean of the words" if word == "mean" else word, *(_bare(of[arm]) for arm in ARMS)]
             for word, of in found.words.items()
         ]  # fmt: skip
         section.table(
@@ -94,9 +94,9 @@ def _layer_note(name: str, found: Model) -> str:
     seen = found.seen
     best = int(np.argmax(seen.validated))
     return (
-        f"{name}: cross-validated on training sentences, macro-F1 of the first {len(seen.validated)} layers is highest in layer "
-        f"{best + 1} ({seen.validated[best]:.3f}); layer {seen.layer} ({seen.validated[seen.layer - 1]:.3f}) is the first within "
-        f"the tolerance, and is used. Heads of the {seen.layers - seen.layer} layers after it cannot matter here."
+        f"{name}: cross-validated on training sentences, macro-F1 of the first {len(seen.validated)} layers is "
+        f"highest in layer {best + 1} ({seen.validated[best]:.3f}); layer {seen.layer} "
+        f"({seen.validated[seen.layer - 1]:.3f}) is the first within the tolerance, and is used. Heads of the {seen.layers - seen.layer} layers after it cannot matter here."
     )
 
 
@@ -136,13 +136,13 @@ def _heads(section: Section, models: dict[str, Model], drawings: dict[str, Drawi
         inner.text(
             f"{significant} of {heads.pvalues.size} heads lower the margin by more than chance. The largest loss of "
             f"macro-F1 by one head is {100 * worst:.1f} points (the largest of many: it flatters).",
-            f"Removed together, the {len(heads.top)} heads chosen on one half of the sentences cost, on the other half, "
-            f"{rules.signed(sets.margin, '.3f')} of the margin of {heads.whole:.3f} and {rules.points(sets.f1)} of "
-            f"macro-F1. {len(sets.margins_of_random)} sets of as many random heads of the same layers cost "
+            f"Removed together, the {len(heads.top)} heads chosen on one half of the sentences cost, on the other "
+            f"half, {rules.signed(sets.margin, '.3f')} of the margin of {heads.whole:.3f} and {rules.points(sets.f1)} "
+            f"of macro-F1. {len(sets.margins_of_random)} sets of as many random heads of the same layers cost "
             f"{sets.margins_of_random.min():.3f} to {sets.margins_of_random.max():.3f} of the margin (median "
             f"{np.median(sets.margins_of_random):.3f}), and up to {100 * sets.f1_of_random.max():.1f} points.",
-            f"Stability: the top heads of resampled sentences overlap with these by {rules.signed(heads.stability, '.2f')} "
-            f"(Jaccard; by chance {float(heads.stability.baseline):.2f})."
+            "Stability: the top heads of resampled sentences overlap with these by "
+            f"{rules.signed(heads.stability, '.2f')} (Jaccard; by chance {float(heads.stability.baseline):.2f})."
             + ("" if np.isnan(heads.between_words) else
                f" The top heads of two different words overlap by {heads.between_words:.2f}."),
         )  # fmt: skip
@@ -166,7 +166,8 @@ def _cues(section: Section, models: dict[str, Model], drawings: dict[str, Drawin
         section.figure(drawings[f"attention {name}"], f"{name}. • p < 0.05, adjusted.", name=f"attention-{name}")
         agreement = "not defined" if np.isnan(heads.agreement) else f"{heads.agreement:.2f}"
         section.text(
-            f"{name}: rank correlation over heads of attention to the cue and margin lost without the head: {agreement}."
+            f"{name}: rank correlation, over heads, of attention to the cue and margin lost without the head: "
+            f"{agreement}."
         )
         section.table(
             ["word", "sentences with a cue", "distance (median)", "before the word", "most frequent cues"],
@@ -183,14 +184,14 @@ def _cue_row(word: OfWord) -> list[object]:
 
 def _moved(section: Section, models: dict[str, Model], drawings: dict[str, Drawing], config: Config) -> None:
     section.text(
-        "The cue is moved; the classifier is the one of unmoved sentences. Beside it one other word of the sentence, at "
-        "random, is moved in the same way: what that costs is the price of a broken sentence, not of the cue's place. "
-        "The baseline is macro-F1 of the same sentences, unmoved."
+        "The cue is moved; the classifier is the one of unmoved sentences. Beside it one other word of the sentence, "
+        "at random, is moved in the same way: what that costs is the price of a broken sentence, not of the cue's "
+        "place. The baseline is macro-F1 of the same sentences, unmoved."
     )
     drawn = {}
     for name, found in models.items():
         seen = found.seen
-        rows = []
+        rows, cues = [], sum(len(word.cues.words) for word in seen.words)
         for place, moved in _PLACES.items():
             hidden = place not in findings.places(seen)
             for which in ("cue", "other"):
@@ -206,8 +207,7 @@ def _moved(section: Section, models: dict[str, Model], drawings: dict[str, Drawi
         )  # fmt: skip
         section.table(
             ["the cue is moved", Column("macro-F1 lost, mean of the words", ".3f", ""), "was there already"],
-            [[_PLACES[place], found.loss[place]._replace(baseline=np.asarray(np.nan)),
-              f"{sum(word.cues.still[place] for word in seen.words)} of {sum(len(word.cues.words) for word in seen.words)}"]
+            [[_PLACES[place], _bare(found.loss[place]), f"{sum(word.cues.still[place] for word in seen.words)} of {cues}"]
              for place in findings.places(seen)],
             caption=f"{name}: paired loss; tolerated is {config.tolerated:g}.",
         )  # fmt: skip
@@ -224,10 +224,10 @@ def _moved(section: Section, models: dict[str, Model], drawings: dict[str, Drawi
 
 def _verdicts(section: Section, models: dict[str, Model], verdicts: tuple[Verdict, ...]) -> None:
     section.text(
-        "Causal: supported if (1) the contextual vector tells the sense better than a bag of the visible words and than "
-        "the static vector, (2) uniform attention takes away at least half of the lead over the bag, and (3) the chosen "
-        "heads cost more margin than each of the layer-matched random sets; refuted if one fails. Robust: supported if "
-        "the loss stays within the tolerance in every place, refuted if it is clearly above it in one."
+        "Causal: supported if (1) the contextual vector tells the sense better than a bag of the visible words and "
+        "than the static vector, (2) uniform attention takes away at least half of the lead over the bag, and (3) the "
+        "chosen heads cost more margin than each of the layer-matched random sets; refuted if one fails. Robust: "
+        "supported if the loss stays within the tolerance in every place, refuted if it is clearly above it in one."
     )
     section.table(["claim", "verdict", "because"], [list(verdict) for verdict in verdicts], caption="By the rules.")
     section.items([
@@ -262,6 +262,11 @@ def _four(measure: Measure) -> tuple[float, ...]:
     """For a picture: a percentile interval may, by a hair, not hold its own value."""
     value, low, high, baseline = map(float, measure)
     return value, min(low, value), max(high, value), baseline
+
+
+def _bare(measure: Measure) -> Measure:
+    """Without the baseline, which stands in a column of its own or in the caption."""
+    return measure._replace(baseline=np.asarray(np.nan))
 
 
 def _at(measure: Measure, at: tuple[int, ...]) -> Measure:
