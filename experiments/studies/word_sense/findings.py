@@ -216,7 +216,7 @@ def _by_chance(top: int, heads: int) -> float:
     return float(np.sum(stats.hypergeom(heads, top, top).pmf(both) * both / (2 * top - both)))
 
 
-def cue_words(word: OfWord, count: int = 8) -> list[tuple[str, int]]:
+def cue_words(word: OfWord, count: int = 5) -> list[tuple[str, int]]:
     """The most frequent cues of a word."""
     names, often = np.unique(word.cues.words, return_counts=True)
     order = np.argsort(-often, kind="stable")[:count]

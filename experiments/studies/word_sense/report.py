@@ -47,7 +47,7 @@ def _lead(models: dict[str, Model], verdicts: tuple[Verdict, ...]) -> list[str]:
         f"“I went to the bank”: money or river? {len(words)} ambiguous word{'s' * (len(words) > 1)} ({named}) in "
         f"{sum(len(word.gold) for word in words):,} test sentences of Wikipedia (CoarseWSD-20), read by "
         f"{' and '.join(models)}.",
-        *(f"{verdict.word.capitalize()}: {verdict.claim}." for verdict in verdicts),
+        *(f"{verdict.claim}: {verdict.word}." for verdict in verdicts),
     ]
 
 
@@ -71,7 +71,7 @@ def _sense(section: Section, models: dict[str, Model], drawings: dict[str, Drawi
             caption=f"{name}: macro-F1, with vectors of layer {found.seen.layer} of {found.seen.layers}.",
         )  # fmt: skip
         section.table(
-            ["contextual minus", Column("points of F1, mean of the words", ".3f")],
+            ["contextual minus", Column("macro-F1, mean of the words", ".3f")],
             [[arm, found.lead[arm]] for arm in ARMS[1:]]
             + [["uniform: what it takes away, less half of the lead over the bag", found.taken]],
             caption=f"{name}: paired differences.",
@@ -96,7 +96,8 @@ def _layer_note(name: str, found: Model) -> str:
     return (
         f"{name}: cross-validated on training sentences, macro-F1 of the first {len(seen.validated)} layers is "
         f"highest in layer {best + 1} ({seen.validated[best]:.3f}); layer {seen.layer} "
-        f"({seen.validated[seen.layer - 1]:.3f}) is the first within the tolerance, and is used. Heads of the {seen.layers - seen.layer} layers after it cannot matter here."
+        f"({seen.validated[seen.layer - 1]:.3f}) is the first within the tolerance, and is "
+        f"used. Heads of the {seen.layers - seen.layer} layers after it cannot matter here."
     )
 
 
@@ -186,29 +187,32 @@ def _moved(section: Section, models: dict[str, Model], drawings: dict[str, Drawi
     section.text(
         "The cue is moved; the classifier is the one of unmoved sentences. Beside it one other word of the sentence, "
         "at random, is moved in the same way: what that costs is the price of a broken sentence, not of the cue's "
-        "place. The baseline is macro-F1 of the same sentences, unmoved."
+        "place. All numbers of a model are of the same sentences, those in which the ambiguous word sees another word."
     )
     drawn = {}
     for name, found in models.items():
         seen = found.seen
-        rows, cues = [], sum(len(word.cues.words) for word in seen.words)
+        cues = sum(len(word.cues.words) for word in seen.words)
+        rows: list[list[object]] = [
+            ["nothing", *(float(found.moved[word, "cue", "first"].baseline) for word in found.words)]
+        ]
         for place, moved in _PLACES.items():
             hidden = place not in findings.places(seen)
             for which in ("cue", "other"):
                 what = f"{'the cue' if which == 'cue' else 'another word'} {moved}" + (
                     " (out of sight)" if hidden else ""
                 )
-                rows.append([what, *(found.moved[word, which, place] for word in found.words)])
+                rows.append([what, *(_bare(found.moved[word, which, place]) for word in found.words)])
             if not hidden:
                 drawn[f"{name}: {moved}"] = _four(found.moved["mean", "cue", place])
         section.table(
             ["moved", *(Column(word, ".3f", "") for word in found.words)], rows,
-            caption=f"{name}: macro-F1 (vs unmoved).",
+            caption=f"{name}: macro-F1.",
         )  # fmt: skip
         section.table(
             ["the cue is moved", Column("macro-F1 lost, mean of the words", ".3f", ""), "was there already"],
-            [[_PLACES[place], _bare(found.loss[place]), f"{sum(word.cues.still[place] for word in seen.words)} of {cues}"]
-             for place in findings.places(seen)],
+            [[_PLACES[place], _bare(found.loss[place]),
+              f"{sum(word.cues.still[place] for word in seen.words)} of {cues}"] for place in findings.places(seen)],
             caption=f"{name}: paired loss; tolerated is {config.tolerated:g}.",
         )  # fmt: skip
         if seen.causal:

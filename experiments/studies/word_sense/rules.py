@@ -49,8 +49,8 @@ def causal(name: str, found: Model) -> Verdict:
     because = (
         f"Macro-F1 of the contextual vector is {points(bag)} above the bag of words and {points(static)} above the "
         f"static vector (condition 1 {held[0]}). What uniform attention takes away, less half of the lead over the "
-        f"bag, is {points(found.taken)} (2 {held[1]}). The chosen heads cost {signed(sets.margin, '.3f')} of the margin "
-        f"of {found.heads.whole:.3f}, {len(random)} random sets of the same layers at most {random.max():.3f} "
+        f"bag, is {points(found.taken)} (2 {held[1]}). The chosen heads cost {signed(sets.margin, '.3f')} of the "
+        f"margin of {found.heads.whole:.3f}, {len(random)} random sets of the same layers at most {random.max():.3f} "
         f"(3 {held[2]})."
     )
     return Verdict(f"{name}: heads bring the cue to the ambiguous word", word, because)
