@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,14 @@ def planted():
 
 
 def random_model(kind):
-    shape = {"d_model": 12, "num_heads": 3, "num_layers": 3, "d_ff": 16, "vocab_size": len(VOCABULARY), "unroll": 1}
+    shape: dict[str, Any] = {
+        "d_model": 12,
+        "num_heads": 3,
+        "num_layers": 3,
+        "d_ff": 16,
+        "vocab_size": len(VOCABULARY),
+        "unroll": 1,
+    }
     if kind == "encoder":
         config = encoder.Config(**shape, positions="sinusoidal")
         return Pretrained(encoder.init_params(jax.random.key(1), config), config, Letters(True), encoder, None)  # type: ignore
@@ -228,7 +236,8 @@ def test_conditions_hold_fail_or_are_open():
 
 
 def test_a_config_says_what_it_cannot_be():
-    for wrong in ({"models": ()}, {"models": ("a", "a")}, {"top": 0}, {"most": 3}, {"tolerated": 1.5}):
+    wrongs: list[dict[str, Any]] = [{"models": ()}, {"models": ("a", "a")}, {"top": 0}, {"most": 3}, {"tolerated": 1.5}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             word_sense.Config(**wrong)
     with pytest.raises(ValueError, match="words must be"):

@@ -73,7 +73,7 @@ def _sense(section: Section, models: dict[str, Model], drawings: dict[str, Drawi
         section.table(
             ["contextual minus", Column("macro-F1, mean of the words", ".3f")],
             [[arm, found.lead[arm]] for arm in ARMS[1:]]
-            + [["uniform: what it takes away, less half of the lead over the bag", found.taken]],
+            + [["uniform, less half of the lead over the bag", found.taken]],
             caption=f"{name}: paired differences.",
         )
     drawn = {
@@ -233,7 +233,8 @@ def _verdicts(section: Section, models: dict[str, Model], verdicts: tuple[Verdic
         "chosen heads cost more margin than each of the layer-matched random sets; refuted if one fails. Robust: "
         "supported if the loss stays within the tolerance in every place, refuted if it is clearly above it in one."
     )
-    section.table(["claim", "verdict", "because"], [list(verdict) for verdict in verdicts], caption="By the rules.")
+    section.items([f"{verdict.claim}: {verdict.word}. {verdict.because}" for verdict in verdicts])
+    section.text("What would change it:")
     section.items([
         "A causal verdict would change with a stronger bag of words (one that learns which words count), which makes "
         "condition 1 harder, and with another level of intervention: a uniform head still mixes the cue in, only "
