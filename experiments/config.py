@@ -11,6 +11,7 @@ from typing import Any, Literal
 from experiments import schema, toml
 from experiments.data import corpora, paths, vocabulary
 from experiments.errors import ConfigError
+from experiments.studies import syntax
 from mhajax import decoding, language_model, training, translator
 
 
@@ -199,7 +200,8 @@ class LanguageModelling:
     heads: Heads = Heads(sentences=32)
 
 
-Experiment = Translation | LanguageModelling
+Training = Translation | LanguageModelling
+Experiment = Training | syntax.Config
 LARGEST = 2**31 - 1  # what an int32 holds, and every number here becomes one somewhere
 
 

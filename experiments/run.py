@@ -100,7 +100,7 @@ def _not_a_run(folder: Path) -> str:
     return f"there is no such folder in {where}" + (f"; did you mean {folder.with_name(near)}?" if near else ".")
 
 
-def prepare(config: configs.Experiment, folder: Path) -> Task:
+def prepare(config: configs.Training, folder: Path) -> Task:
     """The experiment that a config describes; this is where a config becomes objects."""
     return kinds.TRAININGS[config.kind].prepare(config, folder)
 
@@ -120,7 +120,7 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
       What stands in result.json.
     """
     with folders.opened(folder), work.shown_on(console):
-        if config.kind in kinds.STUDIES:
+        if not isinstance(config, configs.Training):
             return studies.run(kinds.STUDIES[config.kind], config, folder, console)
         return _run(config, folder, console, tensorboard)
 

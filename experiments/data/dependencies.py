@@ -96,7 +96,9 @@ def _sentence(file: Path, lines: Iterable[tuple[int, list[str]]]) -> Sentence:
             continue
         first, _, last = name.partition("-")
         if not (first.isdecimal() and (not last or last.isdecimal())):
-            raise DataError(f"{file}, line {number}: a word must begin with its number, such as 7 or 7-8, got {name!r}.")
+            raise DataError(
+                f"{file}, line {number}: a word must begin with its number, such as 7 or 7-8, got {name!r}."
+            )
         if int(first) > inside:
             spans.append((len(text), len(text) + len(form)))
             text += form if "SpaceAfter=No" in other.split("|") else f"{form} "

@@ -2,8 +2,9 @@
 
 from types import ModuleType
 
+from experiments.studies import syntax
 from experiments.studies.study import Answer, Verdict, run
 
-STUDIES: dict[str, ModuleType] = {}
+STUDIES: dict[str, ModuleType] = {"syntax": syntax}
 
 __all__ = ["STUDIES", "Answer", "Verdict", "run"]

@@ -28,15 +28,23 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from typing import Literal
 
+from experiments import work
 from experiments.data import dependencies, files
 from experiments.data.dependencies import Language, Treebanks
+from experiments.errors import DataError
 from experiments.studies import models
 from experiments.studies.study import Answer
+from experiments.studies.syntax import counts, findings, report, words
+from experiments.studies.syntax.report import Examined
+from mhajax import language_model
+from mhajax.pretrained import Pretrained
 
-QUICK = 40  # sentences, of two models of random weights
+LANGUAGES: dict[Language, str] = {"en": "English", "de": "German"}
+QUICK = 24  # sentences, of two models of random weights
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,9 @@ class Config:
 
 
 def shrink(config: Config) -> Config:
-    """The same study on few sentences."""
-    arms = [dataclasses.replace(arm, sentences=min(arm.sentences, QUICK), draws=2) for arm in config.arms]
-    return dataclasses.replace(config, arms=tuple(arms), instances=min(config.instances, 20))
+    """The first arm alone, on few sentences."""
+    arm = dataclasses.replace(config.arms[0], sentences=min(config.arms[0].sentences, QUICK), draws=2)
+    return dataclasses.replace(config, arms=(arm,), instances=min(config.instances, 20))
 
 
 def hashes(config: Config) -> dict[str, str]:
@@ -108,7 +116,9 @@ def hashes(config: Config) -> dict[str, str]:
     Raises:
       DataError: one is not there.
     """
-    paths = [dependencies.path(config.data, language) for language in dict.fromkeys(arm.language for arm in config.arms)]
+    paths = [
+        dependencies.path(config.data, language) for language in dict.fromkeys(arm.language for arm in config.arms)
+    ]
     weights = {name: models.digest(name) for name in dict.fromkeys(arm.model for arm in config.arms)}
     return {path.name: files.sha256(path) for path in paths} | weights
 
@@ -119,4 +129,35 @@ def answer(config: Config) -> Answer:
     Raises:
       DataError: a treebank or a model cannot be read.
     """
-    raise NotImplementedError
+    opened = {name: models.load(name) for name in dict.fromkeys(arm.model for arm in config.arms)}
+    return report.make(config, [examine(config, arm, opened[arm.model]) for arm in config.arms])
+
+
+def examine(config: Config, arm: Arm, opened: Pretrained) -> Examined:
+    """Ask every head of one arm."""
+    began = time.perf_counter()
+    sentences = dependencies.read(dependencies.path(config.data, arm.language))[: arm.sentences]
+    if opened.tokenizer is None:
+        raise DataError(f"{arm.model}: there is no tokenizer in its files, so that nothing can be read.")
+    texts = words.pieces(sentences, opened.tokenizer, arm.start)
+    causal = opened.model is language_model
+    wanted, offsets = counts.questions(sentences, config.instances), counts.distances(config.offsets, causal)
+    if not wanted:
+        raise DataError(f"No relation has {config.instances} arcs in {len(sentences)} sentences; lower instances.")
+    every = [counts.asked(*pair, wanted, causal) for pair in zip(sentences, texts, strict=True)]
+    where = f"{arm.model}, {LANGUAGES[arm.language]}"
+    run = words.answers(opened, texts, where)
+    trained = counts.count(run(opened.params), every, offsets)
+    random = [
+        counts.count(run(words.shuffled(opened.params, config.seed + draw)), every, offsets)
+        for draw in range(arm.draws)
+    ]
+    with work.piece(f"{where}: intervals", 1, "step", note=""):
+        base = counts.baseline(every, offsets)
+        found = findings.relations(wanted, base, offsets, trained, random)
+        ordered = findings.order(base, offsets, trained, random)
+    arcs = {name: sum(arc.relation == name for s in sentences for arc in s.arcs) for name, _ in wanted}
+    return Examined(
+        arm.model, LANGUAGES[arm.language], len(sentences), sum(len(s.spans) for s in sentences), arm.draws, causal,
+        arcs, found, ordered, findings.verdicts(where, found, ordered), time.perf_counter() - began,
+    )  # fmt: skip
