@@ -28,4 +28,4 @@ def load(run: str | Path, seed: int = 0) -> Run:
     from experiments import finished
     from experiments import run as running
 
-    return finished.load(*running.load_run(run), seed=seed)
+    return finished.load(*running.load_training(run), seed=seed)

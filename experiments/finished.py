@@ -42,7 +42,7 @@ class Run(NamedTuple):
     apply: Callable[..., jax.Array]
 
 
-def load(config: configs.Experiment, folder: Path, seed: int = 0) -> Run:
+def load(config: configs.Training, folder: Path, seed: int = 0) -> Run:
     """The best parameters of one seed of a run, and what they need.
 
     Args:
@@ -60,7 +60,7 @@ def load(config: configs.Experiment, folder: Path, seed: int = 0) -> Run:
     return Run(linen.functional(model, seeds_of(params)[seed]), model.config, words, functions.apply)
 
 
-def parameters(config: configs.Experiment, folder: Path) -> tuple[Any, Vocabulary, Any]:
+def parameters(config: configs.Training, folder: Path) -> tuple[Any, Vocabulary, Any]:
     """The Flax module, the vocabulary and the best parameters [seeds, …] of a run.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TypeVar
 
-from experiments.config import Experiment, Translation
+from experiments.config import Experiment, Training, Translation
 from experiments.data import corpora
 from experiments.studies import STUDIES
 
@@ -22,7 +22,7 @@ C = TypeVar("C")
 
 def shrink(config: Experiment) -> Experiment:
     """The same experiment, small; values that are smaller already stay."""
-    if config.kind in STUDIES:
+    if not isinstance(config, Training):
         return dataclasses.replace(STUDIES[config.kind].shrink(config), quick=True)
     train = config.training
     training = dataclasses.replace(

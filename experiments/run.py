@@ -74,6 +74,18 @@ def load_run(path: str | Path) -> tuple[configs.Experiment, Path]:
     return configs.read(folder / CONFIG), folder
 
 
+def load_training(path: str | Path) -> tuple[configs.Training, Path]:
+    """The config and the folder of an earlier run that trained something.
+
+    Raises:
+      UserError: it is a study.
+    """
+    config, folder = load_run(path)
+    if not isinstance(config, configs.Training):
+        raise UserError(f"{folder}: this is a study ({config.kind}), not a training; its report is {folder / REPORT}")
+    return config, folder
+
+
 def _is_run(folder: Path) -> bool:
     return _is_folder(folder) and (folder / CONFIG).is_file()
 
@@ -125,7 +137,7 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
         return _run(config, folder, console, tensorboard)
 
 
-def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard: bool) -> dict[str, Any]:
+def _run(config: configs.Training, folder: Path, console: Console, tensorboard: bool) -> dict[str, Any]:
     times = Times(folder)
     origin = _begin(config, folder)
     if config.quick:
@@ -175,7 +187,7 @@ def _run(config: configs.Experiment, folder: Path, console: Console, tensorboard
     return result
 
 
-def _begin(config: configs.Experiment, folder: Path) -> dict[str, Any] | None:
+def _begin(config: configs.Training, folder: Path) -> dict[str, Any] | None:
     """What must be so before anything is done in a folder; where the run goes on from, if it is a continued one."""
     if (folder / CONFIG).is_file():
         if load_run(folder)[0] != config:
@@ -187,7 +199,7 @@ def _begin(config: configs.Experiment, folder: Path) -> dict[str, Any] | None:
     source = folders.source_of(folder)
     if source is None:
         return None
-    own, _ = load_run(source)
+    own, _ = load_training(source)
     if own.vocabulary != config.vocabulary:
         raise ConfigError(
             f"[vocabulary] of a run cannot change: {source} was made with kind={own.vocabulary.kind!r}, "
@@ -277,9 +289,7 @@ def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:
     Returns:
       What stands in heads.json.
     """
-    config, folder = load_run(path)
-    if config.kind not in kinds.TRAININGS:
-        raise UserError(f"{folder}: this is a study ({config.kind}), not a training; its report is {folder / REPORT}")
+    config, folder = load_training(path)
     try:
         config = dataclasses.replace(config, heads=dataclasses.replace(config.heads, **changes))
     except ValueError as error:
@@ -289,9 +299,7 @@ def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:
         return _report_heads(config, folder, task, params, console)
 
 
-def _report_heads(
-    config: configs.Experiment, folder: Path, task: Task, params: Any, console: Console
-) -> dict[str, Any]:
+def _report_heads(config: configs.Training, folder: Path, task: Task, params: Any, console: Console) -> dict[str, Any]:
     from experiments import heads
     from mhajax import figures
 
@@ -308,7 +316,7 @@ def _report_heads(
     return found.numbers
 
 
-def trained(config: configs.Experiment, folder: Path) -> tuple[Task, Any]:
+def trained(config: configs.Training, folder: Path) -> tuple[Task, Any]:
     """The experiment of a run folder and its best parameters [seeds, ...].
 
     Raises:

@@ -116,9 +116,8 @@ def hashes(config: Config) -> dict[str, str]:
     Raises:
       DataError: one is not there.
     """
-    paths = [
-        dependencies.path(config.data, language) for language in dict.fromkeys(arm.language for arm in config.arms)
-    ]
+    languages: list[Language] = list({arm.language: None for arm in config.arms})
+    paths = [dependencies.path(config.data, language) for language in languages]
     weights = {name: models.digest(name) for name in dict.fromkeys(arm.model for arm in config.arms)}
     return {path.name: files.sha256(path) for path in paths} | weights
 
@@ -145,7 +144,7 @@ def examine(config: Config, arm: Arm, opened: Pretrained) -> Examined:
     if not wanted:
         raise DataError(f"No relation has {config.instances} arcs in {len(sentences)} sentences; lower instances.")
     every = [counts.asked(*pair, wanted, causal) for pair in zip(sentences, texts, strict=True)]
-    where = f"{arm.model}, {LANGUAGES[arm.language]}"
+    where = report.name(arm.model, LANGUAGES[arm.language])
     run = words.answers(opened, texts, where)
     trained = counts.count(run(opened.params), every, offsets)
     random = [

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from experiments.page import Column, Page, element
 from experiments.page.report import Section
@@ -18,6 +21,12 @@ if TYPE_CHECKING:
     from experiments.studies.syntax import Config
 
 ALPHA = 0.05
+MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2"}  # as they are written
+
+
+def name(model: str, language: str) -> str:
+    """A model and what it reads."""
+    return f"{MODELS.get(model, Path(model).name)}, {language}"
 
 
 class Examined(NamedTuple):
@@ -49,7 +58,8 @@ class Examined(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.model}, {self.language}"
+        """What a reader calls it."""
+        return name(self.model, self.language)
 
 
 def make(config: Config, arms: Sequence[Examined]) -> Answer:
@@ -102,7 +112,7 @@ def _verdicts(page: Page, arms: Sequence[Examined]) -> None:
 
 
 def _arm(page: Page, arm: Examined, drawings: dict[str, Drawing], stem: str) -> None:
-    section = page.section(f"{arm.name[0].upper()}{arm.name[1:]}")
+    section = page.section(arm.name)
     num_layers, num_heads = arm.order.heads.shape
     section.text(
         f"{arm.sentences:,} sentences, {arm.words:,} words; {num_layers} layers with {num_heads} heads each, called "
@@ -126,8 +136,8 @@ def _arm(page: Page, arm: Examined, drawings: dict[str, Drawing], stem: str) -> 
 
 def _direction(section: Section, arm: Examined, some: list[Found], drawings: dict[str, Drawing], stem: str) -> None:
     direction = some[0].question.direction
-    asks = "the word it depends on" if direction == DIRECTIONS[0] else "a word that depends on it"
-    inner = section.section(f"From a word {direction}: asked for {asks}")
+    asked = "the word it depends on" if direction == DIRECTIONS[0] else "one that depends on it"
+    inner = section.section(f"From a word to {asked}")
     drawings[stem] = figures.relation_accuracy(
         {one.question.relation: one.best.best for one in some},
         title=f"The best head of each relation, {direction} ({arm.name})",
@@ -146,8 +156,8 @@ def _direction(section: Section, arm: Examined, some: list[Found], drawings: dic
         [
             [
                 one.question.relation, one.asked, _heads(one.best.chosen, arm), one.best.best,
-                _distinct(f"{offset:+d}" for offset in one.offset), one.random, one.best.difference, one.above_random,
-                one.adjusted,
+                _distinct(f"{offset:+d}" for offset in one.offset), one.random,
+                _alone(one.best.difference), _alone(one.above_random), one.adjusted,
             ]
             for one in some
         ],
@@ -250,6 +260,11 @@ def _changes(page: Page, arms: Sequence[Examined]) -> None:
 
 def _beats(one: Found) -> bool:
     return bool(one.best.difference.low > 0 and one.above_random.low > 0 and one.adjusted <= ALPHA)
+
+
+def _alone(measure: Measure) -> Measure:
+    """Without the baseline, which is 0 of a difference."""
+    return measure._replace(baseline=np.array(np.nan))
 
 
 def _heads(chosen: Any, arm: Examined) -> str:
