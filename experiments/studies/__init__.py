@@ -2,9 +2,9 @@
 
 from types import ModuleType
 
-from experiments.studies import lm_heads, word_sense
+from experiments.studies import lm_heads, syntax, word_sense
 from experiments.studies.study import Answer, Verdict, run
 
-STUDIES: dict[str, ModuleType] = {"lm_heads": lm_heads, "word_sense": word_sense}
+STUDIES: dict[str, ModuleType] = {"lm_heads": lm_heads, "syntax": syntax, "word_sense": word_sense}
 
 __all__ = ["STUDIES", "Answer", "Verdict", "run"]
