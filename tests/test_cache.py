@@ -241,9 +241,9 @@ def test_rows_at_the_same_place(rolling, sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", tiered(["edges one by one", "edges by position", "equal weights"], "edges by position")
+    ("rolling", "name"),
+    [(True, "edges one by one"), (True, "edges by position"), (True, "equal weights"), (False, "edges one by one")],
 )
-@pytest.mark.parametrize("rolling", tiered([False, True], True), ids=["all", "rolling"])
 def test_interventions_are_those_of_the_whole_text(rolling, name):
     """Edges are looked up by the index in the text, as masks are; the cache keeps what would be there without them."""
     cut = np.random.default_rng(0).random((M, CAPACITY)) < 0.4
