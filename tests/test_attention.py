@@ -178,12 +178,16 @@ def test_equals_the_loops_in_64_bits_with_its_gradient(name):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        ("self", jnp.bfloat16),
+    tiered(
+        [
+            ("self", jnp.bfloat16),
+            ("self", jnp.float16),
+            ("lengths and causal", jnp.bfloat16),
+            ("lengths and causal", jnp.float16),
+        ],
         ("self", jnp.float16),
         ("lengths and causal", jnp.bfloat16),
-        ("lengths and causal", jnp.float16),
-    ],
+    ),
 )
 def test_half_precision_is_at_most_twice_as_wrong_as_the_naive_way(name, dtype):
     """The rule of the FlashAttention tests."""
@@ -234,7 +238,7 @@ def test_the_output_has_the_dtype_of_x_whatever_the_memory_has():
 # Peers, for the same weights --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", tiered([False, True], True))
 def test_equals_jax_nn(causal):
     q, k, v = numbers(0, B, 6, T, H), numbers(1, B, 3, S, H), numbers(2, B, 3, S, H)
     weight = numbers(3, B, 6, T, H)
@@ -313,7 +317,7 @@ def small(seed: int = 0, leading: Any = (2,), size: int = 5, memory: int | None 
     return random_params(SMALL, seed), x, None if memory is None else numbers(seed + 2, *leading, memory, 6)
 
 
-@pytest.mark.parametrize("rotate", [None, positions.rotary])
+@pytest.mark.parametrize("rotate", tiered([None, positions.rotary], positions.rotary))
 def test_causal_by_gradient(rotate):
     params, x, _ = small(leading=())
     out = lambda x: attention.apply(params, x, SMALL, mask=masks.causal(), rotate=rotate)  # noqa: E731
@@ -407,7 +411,7 @@ def test_what_is_not_finite_in_the_future_reaches_nothing(spoil):
     chex.assert_trees_all_close(gradient, sound_gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", tiered([False, True], True))
 def test_what_is_not_finite_and_visible_is_not_hidden(masked):
     params, x, memory = small(memory=7)
     memory[0, 2] = np.nan

@@ -126,10 +126,10 @@ def test_other_leading_axes(lm):
 def test_an_overflow_is_an_error_where_it_can_be_seen(lm):
     state = language_model.init_cache((B,), 5, LM)
     with pytest.raises(ValueError, match="6 more tokens must fit, got a cache of capacity 5 that holds 0"):
-        language_model.extend(lm, TOKENS[:, :6], state, LM)
+        jax.eval_shape(lambda tokens: language_model.extend(lm, tokens, state, LM), TOKENS[:, :6])
     state = tuple(cache.Cache(one.k, one.v, jnp.int32(4), one.rolling) for one in state)  # as after four tokens
     with pytest.raises(ValueError, match="2 more tokens must fit, got a cache of capacity 5 that holds 4"):
-        language_model.extend(lm, TOKENS[:, :2], state, LM)
+        jax.eval_shape(lambda tokens: language_model.extend(lm, tokens, state, LM), TOKENS[:, :2])
     with pytest.raises(ValueError, match="6 more tokens must fit"):  # more than could ever fit, compiled or not
         extend_lm(lm, TOKENS[:, :6], state, config=LM)
 
@@ -216,7 +216,7 @@ def test_rows_at_different_places(rolling, seed):
     for x, real in ragged(seed, most=7 if rolling else 4):
         out, state = extend_one(x, state, real)
         for row in range(R):
-            rows[row].append(out[row, real[row]])
+            rows[row].append(np.asarray(out)[row, real[row]])
     close(np.stack([np.concatenate(row) for row in rows]), (whole_window if rolling else whole)(X))
     assert state.length.tolist() == [M] * R
 
@@ -241,9 +241,9 @@ def test_rows_at_the_same_place(rolling, sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", tiered(["edges one by one", "edges by position", "equal weights"], "edges by position")
+    ("rolling", "name"),
+    [(True, "edges one by one"), (True, "edges by position"), (True, "equal weights"), (False, "edges one by one")],
 )
-@pytest.mark.parametrize("rolling", tiered([False, True], True), ids=["all", "rolling"])
 def test_interventions_are_those_of_the_whole_text(rolling, name):
     """Edges are looked up by the index in the text, as masks are; the cache keeps what would be there without them."""
     cut = np.random.default_rng(0).random((M, CAPACITY)) < 0.4
@@ -259,12 +259,13 @@ def test_interventions_are_those_of_the_whole_text(rolling, name):
             cache.extend(WEIGHTS, X, state, ONE, intervention=changed[0], **options)
         return
     extend = jax.jit(lambda x, state: cache.extend(WEIGHTS, x, state, ONE, intervention=changed[0], **options)[:2])
-    kept = cache.append(state, attention.keys_values(WEIGHTS, X, ONE, positions=np.arange(M), rotate=positions.rotary))
+    keys_values = partial(attention.keys_values, config=ONE, positions=np.arange(M), rotate=positions.rotary)
+    kept = jax.jit(lambda state: cache.append(state, keys_values(WEIGHTS, X)))(state)
     rows = []
     for piece in np.split(X, [5, 10, 15], axis=1):
         out, state = extend(piece, state)
         rows.append(out)
-    expected = attention.apply(WEIGHTS, X, ONE, intervention=changed[1], **options)
+    expected = jax.jit(lambda x: attention.apply(WEIGHTS, x, ONE, intervention=changed[1], **options))(X)
     close(np.concatenate(rows, axis=1), expected)
     assert np.max(np.abs(expected - (whole_window if rolling else whole)(X))) > 1e-2
     jax.tree.map(close, state, kept)
@@ -372,7 +373,7 @@ def test_what_is_not_finite_is_taken_out_when_it_is_written():
     values = numbers(2, 3, 2, 7)
     values[1, 0, 6] = np.inf
     new = attention.KeysValues(numbers(1, 3, 2, 4), values)
-    state = cache.append(cache.init((), 2, ONE), new)
+    state = jax.jit(cache.append)(cache.init((), 2, ONE), new)
     bad = np.array([[False, False], [True, False], [False, False]])[..., None]
     np.testing.assert_array_equal(state.k, np.where(bad, np.nan, new.k))
     np.testing.assert_array_equal(state.v, np.where(bad, 0, new.v))
@@ -403,16 +404,19 @@ def test_an_overflow_of_one_row():
 
 
 def test_what_cannot_be_looked_up_is_refused():
+    extend = lambda state, **options: jax.eval_shape(  # noqa: E731
+        lambda x: cache.extend(WEIGHTS, x, state, ONE, **options), X
+    )
     rolling = cache.init((R,), WIDTH, ONE, rolling=True)
     with pytest.raises(ValueError, match="must compare positions .* no fixed index"):
-        cache.extend(WEIGHTS, X, rolling, ONE, mask=masks.causal() & ~masks.lengths(3))
+        extend(rolling, mask=masks.causal() & ~masks.lengths(3))
     with pytest.raises(ValueError, match=r"got bias \(17, 5\)"):
-        cache.extend(WEIGHTS, X, rolling, ONE, bias=jnp.zeros((M, WIDTH)))
+        extend(rolling, bias=jnp.zeros((M, WIDTH)))
     state, real = cache.init((R,), M, ONE), jnp.ones((R, M), bool)
     with pytest.raises(ValueError, match="for 17 queries needs rows that are at the same place, got real="):
-        cache.extend(WEIGHTS, X, state, ONE, mask=np.ones((M, M), bool), real=real)
+        extend(state, mask=np.ones((M, M), bool), real=real)
     with pytest.raises(ValueError, match=r"real must be bool \[..., t\] = \(3, 17\), got bool \(17,\)"):
-        cache.extend(WEIGHTS, X, state, ONE, real=real[0])
+        extend(state, real=real[0])
 
 
 def test_the_positions_are_the_caches(lm):
@@ -479,7 +483,7 @@ def test_a_token_is_written_in_place(full_compiles, batch, rows, rolling):
         assert memory.temp_size_in_bytes < one_layers_keys / 2 and memory.alias_size_in_bytes >= size
 
 
-def test_layers_by_themselves_are_the_same_model(lm, mt):
+def test_layers_by_themselves_are_the_same_model(lm):
     apart = language_model.unstack(lm)
     assert isinstance(apart.stack.layers, tuple) and len(apart.stack.layers) == LM.num_layers
     chex.assert_trees_all_equal(language_model.unstack(apart), apart)
@@ -487,6 +491,10 @@ def test_layers_by_themselves_are_the_same_model(lm, mt):
     state = language_model.init_cache((B,), T, LM)
     (expected, _), (got, _) = (extend_lm(params, TOKENS[:, :3], state, config=LM) for params in (lm, apart))
     close(got, expected)
+
+
+@pytest.mark.slow
+def test_layers_of_a_translator_by_themselves_are_the_same_model(mt):
     apart = translator.unstack(mt)
     begun = begin_mt(apart, SOURCE, source_lengths=LENGTHS)
     expected, _ = extend_mt(mt, TOKENS[:, :3], begin_mt(mt, SOURCE, source_lengths=LENGTHS), config=MT)
@@ -506,7 +514,8 @@ def test_a_cache_of_other_leading_axes_is_refused():
     params = attention.init_params(jax.random.key(0), config)
     for leading in ((3,), (1,), (2, 1), ()):
         with pytest.raises(ValueError, match="leading axes of the new tokens must be those of the cache") as caught:
-            cache.extend(params, jnp.ones((2, 1, 4)), cache.init(leading, 5, config), config)
+            state = cache.init(leading, 5, config)
+            jax.eval_shape(lambda x, state=state: cache.extend(params, x, state, config), jnp.ones((2, 1, 4)))
         assert f"{leading} with K=2, got (2,) with K=2" in str(caught.value)
     with pytest.raises(TypeError, match=r"leading must be a tuple of sizes, got 2; write \(2,\)"):
         cache.init(2, 5, config)  # pyright: ignore[reportArgumentType]

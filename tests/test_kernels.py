@@ -93,13 +93,13 @@ def test_the_loops_have_the_gradient_of_their_value(name):
 
 OTHER_TILINGS = [(1, 5, 6), (2, 4, 17), (4, 7, 6), (99, 13, 6), (99, 4, 17), (1, 13, 17)]
 IN_TILES = [name for name in FEATURES if name not in REFUSED["blockwise"]]
-# Every feature in one of them (the page has it in two more), every tiling with a sixth of the features.
-TILED = [(name, OTHER_TILINGS[i % 6]) for i, name in enumerate(IN_TILES)]
+# Every feature is on the page in two; here every third is in one more, and every tiling has three of them.
+TILED = [(name, OTHER_TILINGS[i % 6]) for i, name in enumerate(IN_TILES[::3])]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "tiling"), TILED, ids=str)
-def test_every_feature_in_other_tilings(name, tiling):
+def test_features_in_other_tilings(name, tiling):
     case, (items, rows, columns) = FEATURES[name].case, tiling
     FEATURES[name].check(parity.Path("blockwise", Tiling(min(items, case.items), rows, columns)), case)
 

@@ -135,7 +135,7 @@ def test_chain_goes_from_left_to_right_and_takes_any_function():
 CONFIG = attention.Config(d_model=13, num_heads=N, num_kv_heads=K, head_dim=H)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", tiered(KERNELS, "blockwise"))
 def test_new_tables_do_not_retrace_and_vmap_maps_over_tables(kernel):
     params, x = random_params(attention.init_params, CONFIG), numbers(1, B, T, 13)
     double = lambda score, head, q, k: 2 * score  # noqa: E731
@@ -168,7 +168,7 @@ def test_sinks_are_one_more_key_without_a_value(kernel):
     chex.assert_trees_all_close(differ(ours), expected, rtol=2e-5, atol=3e-5)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", tiered(KERNELS, "blockwise"))
 def test_sinks_of_queries_that_see_nothing(kernel):
     """Zeros, and gradients that are finite, and zero where nothing depends; also without any sink."""
     mask = masks.dense(np.arange(T)[:, None] % 3 != 0)

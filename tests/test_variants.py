@@ -130,6 +130,7 @@ def test_the_output_is_the_formula_and_a_query_that_sees_nothing_gives_zeros(nam
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize("name", tiered(NAMES, "differential", "sinks", "talking_heads"), indirect=True)
 def test_gradients_are_those_of_the_formula(name, params, run, streams):
     """A directional derivative, by central differences in float64."""
     direction = jax.tree.map(lambda a: np.random.default_rng(a.size).normal(size=a.shape), (params, *streams))
