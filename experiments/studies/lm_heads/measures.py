@@ -125,12 +125,15 @@ def _sink(model: Pretrained, windows: np.ndarray) -> Measure:
     """Mass on the first token, from all places but the first, [L, N]."""
 
     @jax.jit
-    def of_window(tokens):
-        _, seen = language_model.apply_captured(model.params, tokens[None], model.config)
+    def of_window(params, tokens):
+        _, seen = language_model.apply_captured(params, tokens[None], model.config)
         return seen.attention["weights"][:, 0, :, 1:, 0].sum(-1)  # [L, N]
 
     total = np.stack(
-        [np.asarray(of_window(jnp.asarray(one))) for one in work.each(windows, "first token", len(windows), "windows")]
+        [
+            np.asarray(of_window(model.params, jnp.asarray(one)))
+            for one in work.each(windows, "first token", len(windows), "windows")
+        ]
     )
     count = np.full(total.shape, windows.shape[1] - 1.0)
     uniform = np.broadcast_to((1 / np.arange(2, windows.shape[1] + 1)).sum(), total.shape)
@@ -158,21 +161,21 @@ def _agreement(config: Config, model: Pretrained) -> tuple[dict[str, Measure], t
             taken += 1
 
     @jax.jit
-    def differences(tokens, lengths, forms):
+    def differences(params, tokens, lengths, forms):
         def loss_fn(features):  # the difference at the last token of each prefix, [B]
             last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]
-            rows = model.params.table[forms]  # [B, 2, D]
+            rows = params.table[forms]  # [B, 2, D]
             return jnp.einsum("bd,bfd->bf", last, rows) @ jnp.array([1.0, -1.0])
 
-        stages = language_model.stages(model.params, tokens, model.config)
-        features = language_model.features(model.params, tokens, model.config)
+        stages = language_model.stages(params, tokens, model.config)
+        features = language_model.features(params, tokens, model.config)
         return loss_fn(features), ablation.of_stages(stages, loss_fn).attention  # [B], [L, B, N]
 
     whole, lost, number = [], [], []
     some = list(models.batches(prefixes, tokens=256, step=4))
     for batch in work.each(iter(some), "agreement without each head", len(some), "batches"):
         rows = np.array([forms[max(n, 0)] for n in batch.index])
-        full, without = jax.device_get(differences(batch.tokens, np.maximum(batch.lengths, 1), rows))
+        full, without = jax.device_get(differences(model.params, batch.tokens, np.maximum(batch.lengths, 1), rows))
         real = batch.index >= 0
         whole.append(full[real])
         lost.append((full[:, None] - np.moveaxis(without, 1, 0).reshape(len(full), -1))[real])
@@ -201,13 +204,13 @@ def _prune(config: Config, model: Pretrained, windows: np.ndarray) -> list[Prune
         return jnp.sum(jax.nn.logsumexp(logits, -1) - picked, -1)
 
     @jax.jit
-    def slopes(tokens):
-        loss = lambda gates: nats(model.params, shape, tokens, gates)  # noqa: E731
+    def slopes(params, tokens):
+        loss = lambda gates: nats(params, shape, tokens, gates)  # noqa: E731
         return importance.michel(loss, PerAttention(attention=jnp.ones(size))).attention.total  # [L, B, N]
 
     parts = [jnp.asarray(one[None]) for one in windows]
     each = work.each(iter(parts[:half]), "importance", half, "windows")
-    scores = np.sum([np.asarray(slopes(one)).sum(1) for one in each], axis=0)  # [L, N]
+    scores = np.sum([np.asarray(slopes(model.params, one)).sum(1) for one in each], axis=0)  # [L, N]
     later = parts[half:]
     full = np.concatenate([np.asarray(nats(model.params, shape, one)) for one in later])
     counts = np.full(len(full), windows.shape[1] - 1.0)

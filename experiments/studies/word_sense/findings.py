@@ -213,7 +213,7 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
 def _by_chance(top: int, heads: int) -> float:
     """The expected overlap of two random sets of heads."""
     both = np.arange(top + 1)
-    return float(np.sum(stats.hypergeom(heads, top, top).pmf(both) * both / (2 * top - both)))
+    return float(np.sum(stats.hypergeom.pmf(both, heads, top, top) * both / (2 * top - both)))
 
 
 def cue_words(word: OfWord, count: int = 5) -> list[tuple[str, int]]:
