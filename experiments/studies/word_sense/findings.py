@@ -192,7 +192,7 @@ def _heads(words: list[OfWord], weights: list[np.ndarray], f1: Measure, config: 
     overlap[0] = overlap[1:].mean()
     of_word = {word.name: _top(own[:1], top)[0] for word, own in zip(words, means, strict=True)}
     pairs = [_jaccard(a, b) for i, a in enumerate(of_word.values()) for b in list(of_word.values())[:i]]
-    agreement = stats.spearmanr(lost.value.ravel(), attention.value.ravel()).statistic
+    agreement = np.corrcoef(stats.rankdata(lost.value), stats.rankdata(attention.value))[0, 1]
     return Heads(
         whole, lost, f1, statistics.max_statistic(values, null).heads, attention,
         statistics.max_statistic(looks, by_chance).heads, float(agreement), best[0], of_word,
@@ -213,7 +213,7 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
 def _by_chance(top: int, heads: int) -> float:
     """The expected overlap of two random sets of heads."""
     both = np.arange(top + 1)
-    return float(np.sum(stats.hypergeom(heads, top, top).pmf(both) * both / (2 * top - both)))
+    return float(np.sum(stats.hypergeom.pmf(both, heads, top, top) * both / (2 * top - both)))
 
 
 def cue_words(word: OfWord, count: int = 5) -> list[tuple[str, int]]:

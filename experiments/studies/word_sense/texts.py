@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from experiments.data.word_senses import Sentence
@@ -87,7 +87,7 @@ def moved(sentence: Sentence, index: int, place: str) -> Sentence:
     return Sentence(words, rest.target + (at <= rest.target), sentence.sense)
 
 
-def balanced(sentences: Sequence[Sentence], per_sense: int, order: Sequence[int]) -> list[int]:
+def balanced(sentences: Sequence[Sentence], per_sense: int, order: Iterable[int]) -> list[int]:
     """Which sentences are taken, so that every sense has at most so many; the first ones in a given order."""
     taken: dict[int, list[int]] = {}
     for index in order:
