@@ -249,9 +249,9 @@ def _method(section: Section, models: dict[str, Model], config: Config) -> None:
     early = [
         f"{name}: in {sum(word.alone for word in found.seen.words)} test sentences the ambiguous word sees no other "
         "word; they are counted as they are, and have no cue. No token is put before a sentence that its tokenizer "
-        "does not put there: its first token has nothing to attend to but itself, and in language models often serves "
-        "as a sink of attention. A cue that is moved to the beginning gets that place: whether what is lost then is lost "
-        "by that or by the distance was not measured."
+        "does not put there: its first token has nothing to attend to but itself, and in language models often "
+        "serves as a sink of attention. A cue that is moved to the beginning gets that place: whether what is lost "
+        "then is lost by that or by the distance was not measured."
         for name, found in models.items()
         if found.seen.causal
     ]
