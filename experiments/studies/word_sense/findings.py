@@ -192,7 +192,7 @@ def _heads(words: list[OfWord], weights: list[np.ndarray], f1: Measure, config: 
     overlap[0] = overlap[1:].mean()
     of_word = {word.name: _top(own[:1], top)[0] for word, own in zip(words, means, strict=True)}
     pairs = [_jaccard(a, b) for i, a in enumerate(of_word.values()) for b in list(of_word.values())[:i]]
-    agreement = stats.spearmanr(lost.value.ravel(), attention.value.ravel()).statistic
+    agreement = np.corrcoef(stats.rankdata(lost.value), stats.rankdata(attention.value))[0, 1]
     return Heads(
         whole, lost, f1, statistics.max_statistic(values, null).heads, attention,
         statistics.max_statistic(looks, by_chance).heads, float(agreement), best[0], of_word,
