@@ -150,14 +150,14 @@ def _direction(section: Section, arm: Examined, some: list[Found], drawings: dic
     inner.table(
         [
             "relation", Column("asked", ",d"), "head", Column("accuracy, vs best fixed offset", ".1%"), "offset",
-            Column("best random head", ".1%"), Column("above offset", "+.1%"), Column("above random", "+.1%"),
-            Column("p (adjusted)", ".4f"),
+            Column("above offset", "+.0%"), Column("p (adjusted)", ".4f"), Column("best random head", ".0%"),
+            Column("above random", "+.0%"),
         ],
         [
             [
                 one.question.relation, one.asked, _heads(one.best.chosen, arm), one.best.best,
-                _distinct(f"{offset:+d}" for offset in one.offset), one.random,
-                _alone(one.best.difference), _alone(one.above_random), one.adjusted,
+                _distinct(f"{offset:+d}" for offset in one.offset), _alone(one.best.difference),
+                format(one.adjusted, ".4f"), one.random, _alone(one.above_random),
             ]
             for one in some
         ],
