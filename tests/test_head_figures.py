@@ -188,6 +188,17 @@ def test_pruning_curve_table():
     assert {"important", "random", "BLEU"} <= texts(drawing)
 
 
+def test_relation_accuracy_with_a_second_baseline():
+    relations = {"a": (0.5, 0.4, 0.6, 0.3), "b": (0.9, 0.8, 1.0, 0.3)}
+    drawing = figures.relation_accuracy(relations, title="t", label="share", second={"a": 0.7, "b": 0.1})
+    assert drawing.table == (
+        ("relation", "value", "low", "high", "baseline", "second"),
+        [("b", 0.9, 0.8, 1.0, 0.3, 0.1), ("a", 0.5, 0.4, 0.6, 0.3, 0.7)],
+    )
+    with pytest.raises(ValueError, match="second must have a number for every relation, got none for 'a'"):
+        figures.relation_accuracy(relations, title="t", label="share", second={"b": 0.1})
+
+
 def test_relation_accuracy_is_sorted():
     relations = {"low": (0.2, 0.1, 0.3, 0.25), "high": np.float32([0.9, 0.8, 1.0, 0.4])}
     drawing = figures.relation_accuracy(relations, title="t", label="share", baseline_name="best offset")

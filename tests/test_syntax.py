@@ -199,7 +199,7 @@ def test_a_planted_head_is_found_and_reported(examined, tmp_path):
     assert set(examined.order.chosen) == {(0, 1)} and set(examined.order.offset) == {-1}
     assert examined.order.best.value == 1 and examined.order.positional == [((0, 1), -1, 1.0)]
     follows, order = examined.verdicts
-    assert follows.word == "supported" and "to the head 100.0%" in follows.because
+    assert follows.word == "supported" and "To the head 100.0%" in follows.because
     assert order.word in ("supported", "not resolved")  # 12 sentences may be too few for an interval above 90 %
 
     answer = report.make(syntax.Config(), [examined])

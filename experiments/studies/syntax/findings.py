@@ -149,7 +149,7 @@ def verdicts(where: str, found: Sequence[Found], ordered: Order) -> tuple[Verdic
     follows = Verdict(
         f"{where}: a head follows the relation between subject and verb.",
         word,
-        "; ".join(parts) + "; intervals of 97.5 %." if parts else "There are too few subjects.",
+        f"{'; '.join(parts).capitalize()}; intervals of 97.5%." if parts else "There are too few subjects.",
     )
     share, more = ordered.best, ordered.above_random
     if share.low >= POSITIONAL and more.low > 0:
@@ -158,7 +158,7 @@ def verdicts(where: str, found: Sequence[Found], ordered: Order) -> tuple[Verdic
         word = "refuted"
     else:
         word = "not resolved"
-    offset = " or ".join(f"{o:+d}" for o in dict.fromkeys(ordered.offset))
+    offset = " or ".join(f"{o:+d}".replace("-", "\N{MINUS SIGN}") for o in dict.fromkeys(ordered.offset))
     because = (
         f"The best head looks at offset {offset} from {share.value:.1%} of the words [{share.low:.1%}, "
         f"{share.high:.1%}], where {POSITIONAL:.0%} are asked for; the best of as many random heads from "

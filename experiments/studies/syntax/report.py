@@ -103,7 +103,7 @@ def _verdicts(page: Page, arms: Sequence[Examined]) -> None:
     section.text(
         f"The rules were written down before the run. Subject and verb ({SUBJECT}): supported if, in one "
         "direction or the other, the head that one half of the sentences chose beats on the other half both the "
-        "best fixed offset and the best of as many heads with random weights, with the whole interval (97.5 %, "
+        "best fixed offset and the best of as many heads with random weights, with the whole interval (97.5%, "
         "for two directions); refuted if in each direction one of these intervals lies below 0; else not "
         "resolved. Word order: supported if the whole interval of the share of words from which a head looks at "
         f"one fixed offset is at {POSITIONAL:.0%} or above, and more than for heads with random weights; refuted "
@@ -150,14 +150,14 @@ def _direction(section: Section, arm: Examined, some: list[Found], drawings: dic
     inner.table(
         [
             "relation", Column("asked", ",d"), "head", Column("accuracy, vs best fixed offset", ".1%"), "offset",
-            Column("best random head", ".1%"), Column("above offset", "+.1%"), Column("above random", "+.1%"),
-            Column("p (adjusted)", ".4f"),
+            Column("above offset", "+.0%"), Column("p (adjusted)", ".4f"), Column("best random head", ".0%"),
+            Column("above random", "+.0%"),
         ],
         [
             [
                 one.question.relation, one.asked, _heads(one.best.chosen, arm), one.best.best,
-                _distinct(f"{offset:+d}" for offset in one.offset), one.random,
-                _alone(one.best.difference), _alone(one.above_random), one.adjusted,
+                _distinct(f"{offset:+d}" for offset in one.offset), _alone(one.best.difference),
+                format(one.adjusted, ".4f"), one.random, _alone(one.above_random),
             ]
             for one in some
         ],
@@ -226,7 +226,7 @@ def _method(page: Page, config: Config, arms: Sequence[Examined]) -> None:
         "and left out. For word order a word itself counts as an answer. Who has several dependents of a "
         "relation is right with any of them. Words count as keys with punctuation.",
         f"Fixed offsets: 1 to {config.offsets} words to either side, the best chosen on the same half of the "
-        "sentences as the head. Intervals of 95 % are over sentences (jackknife).",
+        "sentences as the head. Intervals of 95% are over sentences (jackknife).",
         "Random heads: the same model with the numbers of every array in random order within each layer, which "
         "keeps every scale; of each draw the best of all its heads, chosen in the same way. Their intervals are "
         "over draws and sentences.",
