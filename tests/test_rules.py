@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -132,12 +131,11 @@ def test_the_command_writes_a_file(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_says_by_what_was_decided_and_refuses_a_file_that_is_wrong(monkeypatch, tmp_path):
-    from experiments import run
+    from experiments import environment
 
-    task = SimpleNamespace(hashes={})
     rules.use(OTHER)
-    assert run._environment(task, tmp_path)["kernel_rules"] == dataclasses.asdict(OTHER)
+    assert environment.describe({}, tmp_path)["kernel_rules"] == dataclasses.asdict(OTHER)
     monkeypatch.setattr(rules, "_used", None)
     monkeypatch.setenv(rules.VARIABLE, str(tmp_path / "gone.toml"))
     with pytest.raises(UserError, match=r"gone.toml cannot be read"):
-        run._environment(task, tmp_path)
+        environment.describe({}, tmp_path)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import curve, host, schema, toml
+from experiments import curve, environment, host, schema, toml
 from experiments import folder as folders
 from experiments import run as running
 from experiments.data import vocabulary
@@ -55,7 +55,9 @@ def tiny(tmp_path_factory, quick_compiles):
         lines = [{"step": step, "loss": [1.5], "gradient_norm": [1.0]} for step in range(1, 9)]
         folders.write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         folders.write(folder / "config.toml", schema.to_toml(config))
-        folders.write(folder / "environment.json", json.dumps(running._environment(task, folder), indent=2) + "\n")
+        folders.write(
+            folder / "environment.json", json.dumps(environment.describe(task.hashes, folder), indent=2) + "\n"
+        )
         times = Times(folder)
         times.start(0)
         times.save(8)
