@@ -69,7 +69,7 @@ def read(folder):
     """All that going on with a finished run, or asking it something, reads."""
     config, folder = running.load_run(folder)
     task, params = running.trained(config, folder)
-    running._same_data(folder, task)
+    environment.same_data(folder, task.hashes)
     Times(folder).start(8)
     running._timing_of(folder)
     folders.lines(folder / "metrics.jsonl")
