@@ -59,7 +59,7 @@ def check_rate(who: str, name: str, rate: float) -> None:
     """Raise unless the rate is a probability below 1, a number that is there (static under jit)."""
     if isinstance(rate, bool) or not known(rate) or not isinstance(rate, int | float | np.number | Array):
         raise TypeError(f"{who}: {name} must be a number in [0, 1), static under jit, got {kind_of(rate)}.")
-    if not 0.0 <= rate < 1.0:
+    if not 0.0 <= rate < 1.0 or np.float32(rate) == 1:  # which float32 makes of 1 - 1e-12
         raise ValueError(f"{who}: {name} must be in [0, 1), got {rate}; it is the share that is set to zero.")
 
 

@@ -120,6 +120,8 @@ def test_usage_says_what_comes_in_which_order(capsys):
 
 
 def test_a_bare_word_is_enough_where_it_is_one_of_the_allowed():
+    with pytest.raises(ConfigError, match="model.vocab_size must be left out, got 5: it is that of the vocabulary"):
+        configs.read("configs/multi30k.toml", ["model.vocab_size=5"])
     config = configs.read("configs/multi30k.toml", ["vocabulary.kind=words", "model.norm=layer"])
     assert (config.vocabulary.kind, config.model.norm) == ("words", "layer") and type(config.model.norm) is str
 

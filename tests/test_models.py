@@ -436,6 +436,11 @@ ERRORS = {
         ValueError,
         ("activation must be one of relu, gelu, gelu_tanh, silu, reglu, geglu, geglu_tanh, swiglu, got 'tanh'",),
     ),
+    "dropout that float32 rounds to 1": (
+        lambda: dataclasses.replace(LM, dropout=1 - 1e-12),
+        ValueError,
+        ("dropout must be in [0, 1), got 0.999999999999",),
+    ),
     "dropout": (lambda: dataclasses.replace(LM, dropout=1.0), ValueError, ("dropout must be in [0, 1), got 1.0",)),
     "dropout of weights": (
         lambda: dataclasses.replace(MT, attention_dropout=-0.5),
