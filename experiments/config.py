@@ -218,8 +218,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     config = schema.read(path, Experiment, overrides)
     if isinstance(config, Training) and config.model.vocab_size is not None:
         raise ConfigError(
-            f"{path}: model.vocab_size must be left out, got {config.model.vocab_size}: it is that of the vocabulary; set "
-            "vocabulary.size."
+            f"{path}: model.vocab_size must be left out, got {config.model.vocab_size}: it is that of the vocabulary; "
+            "set vocabulary.size."
         )
     _check_numbers(config, str(path), "")
     _check_paths(config.data, str(path))
