@@ -35,7 +35,7 @@ class PerAttention(Mapping[str, Value], Generic[Value]):
     __slots__ = ("_values",)
     _values: dict[str, Value]
 
-    def __init__(self, **values: Value):
+    def __init__(self, /, **values: Value):
         object.__setattr__(self, "_values", {name: values[name] for name in sorted(values)})
 
     def __getitem__(self, name: str) -> Value:

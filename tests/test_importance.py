@@ -344,7 +344,7 @@ def test_a_loss_that_is_one_number_is_refused(name):
 @pytest.mark.slow
 def test_what_a_stack_does_not_take(model):
     stage = translator.stages(model.params, model.source[0], model.target[0], model.config)[0]
-    with pytest.raises(ValueError, match=r"ablation.of_stages: x of a stage must be \[B, T, D=12\], got \(5, 12\)"):
+    with pytest.raises(ValueError, match=r"ablation.of_stages: x of a stage must be \[B, T, D=12\], got \(7, 12\)"):
         ablation.of_stages([stage], jnp.sum)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         ablation.of_stages([stage], jnp.sum, batch_size=0)

@@ -98,7 +98,7 @@ def test_paths_and_heads():
     found = paths(nnx.eval_shape(lambda: modules.Translator(MT, rngs=nnx.Rngs(0))))
     assert found["encoder/layers/attention/w_q"] == (3, N, D, H)
     assert found["decoder/layers/cross/w_o"] == (2, N, HV, D)
-    assert found["embedding"] == (V, D)
+    assert found["embedding/tokens"] == (V, D)
 
 
 @each
