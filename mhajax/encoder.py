@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from mhajax import arguments, attention, block, embedding, masks, mlp, norm, transformer
+from mhajax import arguments, attention, embedding, masks, mlp, norm, transformer
 from mhajax.attentions import PerAttention
 from mhajax.block import Captures, CommonOptions
-from mhajax.dropout import dropout
 from mhajax.masks import Mask
 from mhajax.transformer import Stage
 
@@ -219,18 +218,10 @@ def _run(
     params: Params, tokens: Array, config: Config, *, capture: Captures = (), real: Array | None = None, **options: Any
 ) -> tuple[Array, PerAttention[dict[str, Array]]]:
     arguments.order("encoder.apply(params, tokens, config)", params, config, Params, Config, tokens=tokens)
-    gates, interventions = options.pop("gates", None), options.pop("interventions", None)
-    block.changes("encoder.apply", gates, interventions, NAMES)
-    dropout_key, kernel = options.pop("dropout_key", None), options.pop("kernel", "auto")
-    if dropout_key is not None:
-        arguments.key("encoder.apply", dropout_key, "dropout_key")
-    key_embedding, key_stack = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    (stage,) = stages(params, tokens, config, **options)
-    x, _, seen = transformer.run_stage(
-        stage._replace(x=dropout(stage.x, config.dropout, key_embedding)), (), gates=gates, interventions=interventions,
-        capture=capture, real=real, kernel=kernel, dropout_key=key_stack,
-    )  # fmt: skip
-    return x, PerAttention(**seen)
+    given = {name: options.pop(name) for name in ("mask", "score", "positions", "types") if name in options}
+    of_model = stages(params, tokens, config, **given)
+    x, _, seen = transformer.run_stages("encoder.apply", of_model, capture=capture, real=real, **options)
+    return x, seen
 
 
 def _head(params: Params) -> Head:

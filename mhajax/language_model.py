@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from mhajax import arguments, attention, block, embedding, masks, transformer
+from mhajax import arguments, attention, embedding, masks, transformer
 from mhajax import cache as caches
 from mhajax.attentions import PerAttention
 from mhajax.block import Captures, CommonOptions
-from mhajax.dropout import dropout
 from mhajax.masks import Mask
 from mhajax.transformer import Caches, Stage
 
@@ -222,25 +221,15 @@ def run(
     arguments.named("language_model.run", options, Options)
     call = "language_model.apply(params, tokens, config)"
     arguments.order(call, params, config, Params, Config, tokens=tokens)
-    rest: Any = dict(options)
-    gates, interventions = rest.pop("gates", None), rest.pop("interventions", None)
-    block.changes("language_model.apply", gates, interventions, NAMES)
-    dropout_key, kernel = rest.pop("dropout_key", None), rest.pop("kernel", "auto")
-    if dropout_key is not None:
-        arguments.key("language_model.apply", dropout_key, "dropout_key")
-    key_embedding, key_stack = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    if cache is not None:
-        places = caches.positions(cache[0], tokens.shape[-1], real)
-        (stage,) = stages(params, tokens, config, **{**rest, "positions": places})
-        stage.options["positions"] = options.get("positions")  # the layers' caches know them, and refuse others
+    others: Any = dict(options)
+    given = {name: others.pop(name) for name in ("mask", "score", "positions") if name in others}
+    if cache is None:
+        of_model = stages(params, tokens, config, **given)
     else:
-        (stage,) = stages(params, tokens, config, **rest)
-    stage = stage._replace(x=dropout(stage.x, config.dropout, key_embedding))
-    x, cache, seen = transformer.run_stage(
-        stage, (), gates=gates, interventions=interventions, capture=capture, cache=cache, real=real, kernel=kernel,
-        dropout_key=key_stack,
-    )  # fmt: skip
-    return x, cache, PerAttention(**seen)
+        places = caches.positions(cache[0], tokens.shape[-1], real)
+        of_model = stages(params, tokens, config, **{**given, "positions": places})
+        of_model[0].options["positions"] = options.get("positions")  # the layers' caches know them, and refuse others
+    return transformer.run_stages("language_model.apply", of_model, cache=cache, real=real, capture=capture, **others)
 
 
 def stages(

@@ -25,6 +25,7 @@ from mhajax.attention import KeysValues
 from mhajax.attentions import PerAttention
 from mhajax.block import Captures, Options
 from mhajax.cache import Cache
+from mhajax.dropout import dropout
 from mhajax.interventions import Capture, Intervention
 
 Caches = tuple[Cache, ...]  # of all layers
@@ -324,6 +325,47 @@ def run_stage(
         gates=stage.of_layers(gates), interventions=stage.of_layers(interventions), capture=capture,
     )  # fmt: skip
     return x, cache, stage.of_model(seen)
+
+
+def run_stages(
+    who: str, stages: Sequence[Stage], *, gates: Mapping[str, Any] | None = None,
+    interventions: Mapping[str, Intervention] | None = None, capture: Captures = (), kernel: str = "auto",
+    dropout_key: Array | None = None, cache: Caches | None = None, real: Array | None = None,
+) -> tuple[Array, Caches | None, PerAttention[dict[str, Array]]]:  # fmt: skip
+    """A model: its stages one after the other, their inputs dropped out.
+
+    Args:
+      who: the function, for errors.
+      stages: of the model.
+      gates, interventions, capture: by the model's names, as in `run_stage`.
+      kernel, dropout_key: as in `run`.
+      cache, real: of the last stage, as in `run`.
+
+    Returns:
+      What the last stage gives, its cache, and what was captured, by the model's names.
+
+    Raises:
+      TypeError, ValueError: for attentions that the model does not have; else as `run`.
+    """
+    names = [name for stage in stages for name in stage.names.values()]
+    block.changes(who, gates, interventions, names)
+    captures = block.captured(who, capture, names)
+    if dropout_key is not None:
+        arguments.key(who, dropout_key, "dropout_key")
+    keys: Any = [dropout_key] * len(stages)
+    if dropout_key is not None and len(stages) > 1:
+        keys = jax.random.split(dropout_key, len(stages))
+    outputs, after, found = [], None, {}
+    for stage, key in zip(stages, keys, strict=True):
+        key_input, key_layers = (None, None) if key is None else jax.random.split(key)
+        own = {"cache": cache, "real": real} if stage is stages[-1] else {}
+        x, after, seen = run_stage(
+            stage._replace(x=dropout(stage.x, stage.config.dropout, key_input)), outputs, gates=gates,
+            interventions=interventions, capture=captures, kernel=kernel, dropout_key=key_layers, **own,
+        )  # fmt: skip
+        outputs.append(x)
+        found |= seen
+    return outputs[-1], after, PerAttention(**found)
 
 
 def _of_layer(capture: Capture, index: int, num_layers: int) -> Capture:

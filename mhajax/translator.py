@@ -21,7 +21,6 @@ from mhajax import cache as caches
 from mhajax.attention import KeysValues
 from mhajax.attentions import PerAttention
 from mhajax.block import Captures
-from mhajax.dropout import dropout
 from mhajax.interventions import Intervention
 from mhajax.transformer import Caches, Stage
 
@@ -273,9 +272,7 @@ def _writing(params: Params, target: Array, config: Config, source_lengths: Arra
 
 def _run(
     params: Params, source: Array, target: Array, config: Config, *, source_lengths: Array | None = None,
-    dropout_key: Array | None = None, gates: Mapping[str, Any] | None = None,
-    interventions: Mapping[str, Intervention] | None = None, capture: Captures = (), real: Array | None = None,
-    kernel: str = "auto",
+    capture: Captures = (), real: Array | None = None, **options: Any,
 ) -> tuple[Array, PerAttention[dict[str, Array]]]:  # fmt: skip
     call = "translator.apply(params, source, target, config)"
     arguments.order(call, params, config, Params, Config, source=source, target=target)
@@ -285,22 +282,9 @@ def _run(
             f"got {source.shape} and {target.shape}."
         )
     _check_source(params, source, config, source_lengths)
-    block.changes("translator.apply", gates, interventions, NAMES)
-    captures = block.captured("translator.apply", capture, NAMES)
-    if dropout_key is not None:
-        arguments.key("translator.apply", dropout_key, "dropout_key")
-    keys = [None, None] if dropout_key is None else jax.random.split(dropout_key)
-    outputs, found = [], {}
-    for stage, key in zip(stages(params, source, target, config, source_lengths=source_lengths), keys, strict=True):
-        key_embedding, key_stack = (None, None) if key is None else jax.random.split(key)
-        x, _, seen = transformer.run_stage(
-            stage._replace(x=dropout(stage.x, config.dropout, key_embedding)), outputs,
-            gates=gates, interventions=interventions, capture=captures, kernel=kernel, dropout_key=key_stack,
-            **({} if stage.reads is None else {"real": real}),
-        )  # fmt: skip
-        outputs.append(x)
-        found |= seen
-    return outputs[-1], PerAttention(**found)
+    of_model = stages(params, source, target, config, source_lengths=source_lengths)
+    x, _, seen = transformer.run_stages("translator.apply", of_model, capture=capture, real=real, **options)
+    return x, seen
 
 
 def _check_source(params: Params, source: Array, config: Config, source_lengths: Any) -> None:

@@ -123,6 +123,22 @@ def test_what_is_not_done_here_is_refused(name):
         do()
 
 
+JUNK = [None, True, "x", [], {}, [1], -1, 0, 1.5, float("nan"), 10**12, 2**70, {"rope_type": "yarn"}, {"factor": "x"}]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_with_one_value_of_another_kind_is_refused_or_read(name):
+    """Never an error from inside: 25 changes of every family, and a parameter that only some files have."""
+    random, arrays = np.random.default_rng(7), arrays_of(CONFIGS[name])
+    keys = [*CONFIGS[name], "rope_scaling", "rope_theta", "sliding_window", "layer_types", "pad_token_id", "head_dim"]
+    for _ in range(25):
+        key, junk = keys[random.integers(len(keys))], JUNK[random.integers(len(JUNK))]
+        try:
+            pretrained.from_arrays(arrays, CONFIGS[name] | {key: junk})
+        except pretrained.UnreadableFile as error:
+            assert str(error).startswith("arrays: ") and len(str(error)) < 400, (key, junk)
+
+
 def test_what_a_file_has_no_place_for_is_not_written(tmp_path):
     model = pretrained.from_arrays(arrays_of(GPT2), GPT2)
     grouped, config = surgery.group_kv(model.params, model.config, 2)

@@ -241,7 +241,7 @@ def test_shuffled_weights_keep_every_scale_within_a_layer():
     params = params._replace(stack=params.stack._replace(layers=jax.tree.map(
         lambda a: a * jnp.arange(1, 4, dtype=a.dtype).reshape(3, *[1] * (a.ndim - 1)), params.stack.layers
     )))  # fmt: skip
-    found = words.shuffled(params, 0)
+    found = models.shuffled(params, 0)
     assert jax.tree.structure(found) == jax.tree.structure(params)
     for a, b in zip(jax.tree.leaves(params.stack.layers), jax.tree.leaves(found.stack.layers), strict=True):
         assert a.shape == b.shape
@@ -249,7 +249,7 @@ def test_shuffled_weights_keep_every_scale_within_a_layer():
             np.testing.assert_array_equal(np.sort(np.ravel(a[layer])), np.sort(np.ravel(b[layer])))
     w = params.stack.layers.attention.w_q
     assert not np.array_equal(w, found.stack.layers.attention.w_q)
-    assert not np.array_equal(found.stack.layers.attention.w_q, words.shuffled(params, 1).stack.layers.attention.w_q)
+    assert not np.array_equal(found.stack.layers.attention.w_q, models.shuffled(params, 1).stack.layers.attention.w_q)
 
 
 def test_the_config_is_read_and_shrunk():

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
@@ -28,7 +27,7 @@ def examine(
 ) -> dict[str, Any]:
     """Measure the heads of a pretrained model on a text: writes report.html, heads.json and figures to a new folder.
 
-    The untrained model of the report is the same one with the numbers of every matrix and vector in another order.
+    The untrained model of the report is the same one with the numbers of every array in another order.
 
     Args:
       name: "minilm", "smollm2", or a file or folder.
@@ -66,7 +65,7 @@ def examine(
     with folders.opened(folder), work.shown_on(console):
         console.print(f"[dim]folder[/dim] {folder}", highlight=False, soft_wrap=True)
         model = of_text.of_text(loaded.model, loaded.config, read, hidden)
-        found = findings.examine(model, [loaded.params], [shuffled(loaded.params)], console)
+        found = findings.examine(model, [loaded.params], [models.shuffled(loaded.params)], console)
         page, drawings = report.make(model, found, [loaded.params], Path(name).stem, shown)
         for drawing_name, drawing in drawings.items():
             figures.save(drawing, folder / "figures" / "heads" / drawing_name)
@@ -76,12 +75,6 @@ def examine(
         write(folder / "config.toml", f"# heads of {name} on {text}\n")
     console.print(f"the report about the heads is {folder / REPORT}, its numbers are {folder / HEADS}", soft_wrap=True)
     return measured
-
-
-def shuffled(params: Any, seed: int = 0) -> Any:
-    """Parameters with the numbers of every array in another order: of the same scale, with nothing learned."""
-    random = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: random.permutation(np.asarray(a).ravel()).reshape(a.shape), params)
 
 
 def _hidden(name: str, loaded: Pretrained) -> int:

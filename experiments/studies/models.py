@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.data.pretrained_files import locate
@@ -39,6 +41,20 @@ def load(name: str) -> Pretrained:
         return pretrained.load(locate(name))
     except (pretrained.UnreadableFile, FileNotFoundError) as error:
         raise DataError(str(error)) from None
+
+
+def shuffled(params: Any, seed: int = 0) -> Any:
+    """Parameters with the numbers of each array in random order, of a stack within each layer: every scale stays.
+
+    Args:
+      params: of a model of one stack, with `stack.layers`, every leaf [L, ...].
+      seed: of the order.
+    """
+    random = np.random.default_rng(seed)
+    whole = lambda a: random.permutation(np.asarray(a).ravel()).reshape(a.shape)  # noqa: E731
+    layers = jax.tree.map(lambda a: jnp.asarray(np.stack([whole(part) for part in np.asarray(a)])), params.stack.layers)
+    others = jax.tree.map(lambda a: jnp.asarray(whole(a)), params._replace(stack=params.stack._replace(layers=None)))
+    return others._replace(stack=others.stack._replace(layers=layers))
 
 
 def digest(name: str) -> str:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+_FEW_LAYERS = 1000  # a layer that is shared is there once, however many there are
+
+
 class Pretrained(NamedTuple):
     """A model that was opened.
 
@@ -41,7 +44,7 @@ class Pretrained(NamedTuple):
 def from_source(source: Source, *, dtype: DTypeLike = jnp.float32, length: int | None = None) -> Pretrained:
     """As `pretrained.load`, from files that are open."""
     family = _family(source)
-    config = family.read_config(source, length)
+    config = _config(family, source, length)
     leaves = family.leaves(source, config)
     shapes = {name: leaf.shape for leaf in leaves for name in leaf.names}
     check(source, shapes, family.IGNORED)
@@ -129,12 +132,29 @@ def sizes(config: Any, source: Source) -> dict[str, Any]:
 
 def _family(source: Source) -> Any:
     kind = source.config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnreadableFile(
             f"{source.path}: config.json asks for model_type={kind!r}; what is read here is "
             f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[kind]
+
+
+def _config(family: Any, source: Source, length: int | None) -> Any:
+    """Our config; whatever is wrong with the file's is said as such."""
+    try:
+        config = family.read_config(source, length)
+    except UnreadableFile:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        kind, said = source.config["model_type"], str(error) or type(error).__name__
+        raise UnreadableFile(f"{source.path}: config.json is not that of a {kind}: {said}") from None
+    if config.num_layers > max(len(source.names), _FEW_LAYERS):
+        raise UnreadableFile(
+            f"{source.path}: config.json asks for {config.num_layers} layers, of a file with {len(source.names)} "
+            "tensors; it is another model's."
+        )
+    return config
 
 
 def _read(source: Source, leaf: Leaf, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:

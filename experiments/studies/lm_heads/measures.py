@@ -14,7 +14,6 @@ import numpy as np
 from experiments import work
 from experiments.data import fetch, files
 from experiments.errors import DataError
-from experiments.heads.pretrained import shuffled
 from experiments.studies import models
 from experiments.studies.lm_heads import BLIMP, Config
 from mhajax import PerAttention, embedding, language_model
@@ -77,7 +76,7 @@ def measure(config: Config) -> Found:
     size = 2 * config.length
     ids = np.asarray(model.tokenizer.encode(text[: 12 * config.windows * size]).ids)
     windows = ids[: config.windows * size].reshape(config.windows, size)
-    others = [shuffled(model.params, seed) for seed in range(config.draws)]
+    others = [models.shuffled(model.params, seed) for seed in range(config.draws)]
     return Found(
         _roles(config, model, others), _sink(model, windows), *_agreement(config, model), _prune(config, model, windows)
     )

@@ -148,7 +148,7 @@ def examine(config: Config, arm: Arm, opened: Pretrained) -> Examined:
     run = words.answers(opened, texts, where)
     trained = counts.count(run(opened.params), every, offsets)
     random = [
-        counts.count(run(words.shuffled(opened.params, config.seed + draw)), every, offsets)
+        counts.count(run(models.shuffled(opened.params, config.seed + draw)), every, offsets)
         for draw in range(arm.draws)
     ]
     with work.piece(f"{where}: intervals", 1, "step", note=""):

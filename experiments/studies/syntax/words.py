@@ -143,17 +143,3 @@ def answers(opened: Pretrained, texts: Sequence[Pieces], note: str) -> Callable[
                     yield int(number), Answers(*(a[:, row, :, : texts[number].size] for a in found))
 
     return run
-
-
-def shuffled(params: Any, seed: int) -> Any:
-    """The parameters with the numbers of each array in random order, within each layer: every scale stays.
-
-    Args:
-      params: with `stack.layers`, every leaf [L, ...], as the models of `mhajax` have.
-      seed: of the order.
-    """
-    random = np.random.default_rng(seed)
-    whole = lambda a: random.permutation(np.asarray(a).ravel()).reshape(a.shape)  # noqa: E731
-    layers = jax.tree.map(lambda a: jnp.asarray(np.stack([whole(part) for part in np.asarray(a)])), params.stack.layers)
-    others = jax.tree.map(lambda a: jnp.asarray(whole(a)), params._replace(stack=params.stack._replace(layers=None)))
-    return others._replace(stack=others.stack._replace(layers=layers))

@@ -12,7 +12,7 @@ from mhajax import encoder
 from mhajax.pretrained.families.activations import PLAIN
 from mhajax.pretrained.families.keys import Keys
 from mhajax.pretrained.families.leaves import Layers, Leaf, single, transposed
-from mhajax.pretrained.source import Source
+from mhajax.pretrained.source import Source, UnreadableFile
 
 MODEL = encoder
 TYPES = ("bert", "roberta", "distilbert", "albert")
@@ -178,4 +178,7 @@ def _pooler(source: Source) -> str | None:
 
 def _offset(source: Source) -> int:
     """Rows of RoBERTa's positions that no real token has: those up to that of padding."""
-    return int(source.config.get("pad_token_id", 1)) + 1
+    padding = source.config.get("pad_token_id", 1)
+    if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
+        raise UnreadableFile(f"{source.path}: config.json must say pad_token_id as a number, got {padding!r}.")
+    return padding + 1

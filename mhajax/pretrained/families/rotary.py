@@ -11,6 +11,7 @@ from jax import Array
 from mhajax import positions
 from mhajax.pretrained.families.keys import Keys
 
+_WIDEST = 1 << 20  # channels of a head, before a frequency is made for each pair
 _TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -28,6 +29,8 @@ def read(keys: Keys, head_dim: int, longest: int, length: int | None, fraction: 
     Raises:
       UnreadableFile: for a scaling that is not known.
     """
+    if not 0 < head_dim <= _WIDEST or not 0 < fraction <= 1:
+        raise keys.refused("head_dim, and what of it is rotated,", (head_dim, fraction), [f"up to {_WIDEST}", "0 to 1"])
     base = keys.take("rope_theta", None, "rotary_emb_base")
     given = keys.take("rope_parameters", None) or keys.take("rope_scaling", None) or {}
     keys.left.pop("rope_scaling", None)
