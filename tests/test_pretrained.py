@@ -86,6 +86,16 @@ def test_scalings_by_length_go_by_the_longest_text():
     assert plain.rotary_frequencies[1] == pytest.approx(0.01) and long.rotary_frequencies[1] == pytest.approx(0.01 / 7)
 
 
+def test_what_a_config_leaves_out_is_what_it_is_there():
+    """The defaults of the models' own classes, where they differ from those of their relatives."""
+    read = lambda config: pretrained.from_arrays(arrays_of(config), config).config  # noqa: E731
+    left_out = {name: value for name, value in CONFIGS["albert"].items() if name != "hidden_act"}
+    assert read(left_out).activation == "gelu_tanh" and read(CONFIGS["albert"]).activation == "gelu"
+    assert read(LLAMA | {"model_type": "mistral"}).window == 4095 and read(CONFIGS["mistral"]).window == 3
+    assert read(LLAMA | {"model_type": "mistral", "sliding_window": None}).window is None
+    assert read(LLAMA).window is None and read(CONFIGS["qwen2"]).window is None
+
+
 def changed(config, **keys):
     return lambda: pretrained.from_arrays(arrays_of(config), config | keys)
 
@@ -106,6 +116,9 @@ WRONG = {
     ),
     "mixed layers": (
         changed(CONFIGS["mistral"], layer_types=["full_attention", "sliding_attention"]), "sliding_attention in every"
+    ),
+    "mixed layers of Qwen2": (
+        changed(CONFIGS["qwen2"], use_sliding_window=True, sliding_window=4), "max_window_layers=28; what is done .* is 0"
     ),
     "no number": (changed(GPT2, n_head="4"), "n_head as a number of at least 1, got '4'"),
     "no flag": (changed(LLAMA, mlp_bias="yes"), "mlp_bias as true or false, got 'yes'"),

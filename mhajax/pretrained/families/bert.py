@@ -72,6 +72,7 @@ def read_config(source: Source, length: int | None = None) -> encoder.Config:
     distilled = kind == "distilbert"
     sizes = ("dim", "n_heads", "n_layers", "hidden_dim") if distilled else _SIZES
     d_model, heads, layers, width = (keys.number(name) for name in sizes)
+    usual = "gelu_new" if kind == "albert" else "gelu"
     head_dim = keys.number("head_dim", None)  # only of models whose heads were removed here
     positions = keys.number("max_position_embeddings")
     if kind == "roberta":
@@ -100,7 +101,7 @@ def read_config(source: Source, length: int | None = None) -> encoder.Config:
         norm="layer",
         norm_epsilon=keys.real("layer_norm_eps", 1e-12),
         final_norm=False,
-        activation=keys.one_of("activation", PLAIN, "gelu") if distilled else keys.one_of("hidden_act", PLAIN, "gelu"),
+        activation=keys.one_of("activation", PLAIN, "gelu") if distilled else keys.one_of("hidden_act", PLAIN, usual),
         positions="learned",
         max_positions=positions,
         token_types=None if distilled else keys.number("type_vocab_size", 2),

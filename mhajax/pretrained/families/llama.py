@@ -15,6 +15,7 @@ from mhajax.pretrained.source import Source
 
 MODEL = language_model
 TYPES = ("llama", "mistral", "qwen2")
+_WINDOWS, _WHOLE_LAYERS = {"mistral": 4096, "qwen2": 4096}, 28  # what they are where a config.json does not say
 IGNORED = ("*rotary_emb.inv_freq", "lm_head.weight")
 CONSTANTS = {"stack.layers.attention.b_o": 0.0}  # of Qwen2, which has no bias there
 
@@ -31,12 +32,12 @@ def read_config(source: Source, length: int | None = None) -> language_model.Con
     head_dim = keys.number("head_dim", None) or d_model // heads
     longest = keys.number("max_position_embeddings", 2048)
     bias = kind == "qwen2" or keys.flag("attention_bias", False)
-    window = keys.take("sliding_window", None)
+    window = keys.take("sliding_window", _WINDOWS.get(kind))
+    whole = keys.take("max_window_layers", _WHOLE_LAYERS)  # of Qwen2: the layers before have no window
     if kind == "qwen2" and not keys.flag("use_sliding_window", False):
         window = None
-    elif kind == "qwen2":
-        keys.must("max_window_layers", 0)  # else some layers have a window and some have none
-    keys.take("max_window_layers", None)
+    elif kind == "qwen2" and whole != 0:
+        raise keys.refused("max_window_layers", whole, [0])
     kinds = keys.take("layer_types", None)
     wanted = "full_attention" if window is None else "sliding_attention"
     if kinds is not None and set(kinds) != {wanted}:
