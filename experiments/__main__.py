@@ -129,12 +129,12 @@ def _translate(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from experiments import run
+    from experiments import writing
 
     if sys.stdin.isatty():
         print("one sentence a line; end with Ctrl-D", file=sys.stderr)
     lines = [line.rstrip("\r\n") for line in sys.stdin]
-    for line in run.translate(options.run, lines, beams=options.beams, console=Console(stderr=True)):
+    for line in writing.translate(options.run, lines, beams=options.beams, console=Console(stderr=True)):
         print(line)
     return 0
 
@@ -153,11 +153,11 @@ def _sample(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from experiments import run
+    from experiments import writing
 
     given = {name: getattr(options, name) for name in ("prompt", "tokens", "temperature")}
     changes = {name: value for name, value in given.items() if value is not None}
-    print(run.sample(options.run, options.seed, console=Console(stderr=True), **changes))
+    print(writing.sample(options.run, options.seed, console=Console(stderr=True), **changes))
     return 0
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from experiments import config as configs
 from experiments import folder as folders
 from experiments.folder import METRICS
+from experiments.tables import Training
 
 FAR_ABOVE = 1.25  # times the first loss, which is about that of guessing
 
 
-def draw(folder: Path, config: configs.Training, unit: str, console: Console) -> None:
+def draw(folder: Path, config: Training, unit: str, console: Console) -> None:
     """Write figures/training of a run; without any batch in its metrics, say so.
 
     Args:

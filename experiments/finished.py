@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import config as configs
-from experiments import language_modelling, translation
 from experiments.data import vocabulary
 from experiments.data.vocabulary import Vocabulary
 from experiments.errors import ConfigError, DataError, UserError
 from experiments.folder import CHECKPOINTS, VOCABULARY
-from experiments.task import seeds_of
-from mhajax import language_model, linen, training, translator
+from experiments.tables import Training
+from experiments.task import build_model, initialiser, seeds_of
+from mhajax import linen, training
 from mhajax.checkpoints import Checkpoints, Damaged
 
 
@@ -30,10 +29,11 @@ class Run(NamedTuple):
     """What a run has learnt.
 
     Attributes:
-      params: `translator.Params` or `language_model.Params` of one seed.
-      config: `translator.Config` or `language_model.Config`, its vocabulary's size filled in; static under jit.
+      params: of one seed, such as `translator.Params`.
+      config: of the model, such as `translator.Config`, its vocabulary's size filled in; static under jit.
       vocabulary: text to ids and back: `encode`, `decode`, `pieces`.
-      apply: `translator.apply(params, source, target, config)` or `language_model.apply(params, tokens, config)`.
+      apply: the model's function, such as `translator.apply(params, source, target, config)` or
+        `language_model.apply(params, tokens, config)`.
     """
 
     params: Any
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     apply: Callable[..., jax.Array]
 
 
-def load(config: configs.Training, folder: Path, seed: int = 0) -> Run:
+def load(config: Training, folder: Path, seed: int = 0) -> Run:
     """The best parameters of one seed of a run, and what they need.
 
     Args:
@@ -56,11 +56,10 @@ def load(config: configs.Training, folder: Path, seed: int = 0) -> Run:
     if not 0 <= seed < config.training.seeds:
         raise UserError(f"{folder}: seed must be below training.seeds={config.training.seeds}, got {seed}.")
     model, words, params = parameters(config, folder)
-    functions = translator if isinstance(config, configs.Translation) else language_model
-    return Run(linen.functional(model, seeds_of(params)[seed]), model.config, words, functions.apply)
+    return Run(linen.functional(model, seeds_of(params)[seed]), model.config, words, model.functions.apply)
 
 
-def parameters(config: configs.Training, folder: Path) -> tuple[Any, Vocabulary, Any]:
+def parameters(config: Training, folder: Path) -> tuple[Any, Vocabulary, Any]:
     """The Flax module, the vocabulary and the best parameters [seeds, …] of a run.
 
     Raises:
@@ -70,13 +69,10 @@ def parameters(config: configs.Training, folder: Path) -> tuple[Any, Vocabulary,
     if asked(checkpoints.latest_step) is None or not (folder / VOCABULARY).is_file():
         raise UserError(f"{folder}: nothing is trained here yet; python -m experiments {folder} trains it.")
     words = vocabulary.load(folder / VOCABULARY)
-    if isinstance(config, configs.Translation):
-        model = translation.build_model(config, words)
-        initialise = translation.initialiser(model)
-    else:
-        model = language_modelling.build_model(config, words)
-        initialise = language_modelling.initialiser(model)
-    like = jax.eval_shape(lambda: training.init(initialise, training.optimizer(config.training), config.training))
+    model = build_model(config, words)
+    like = jax.eval_shape(
+        lambda: training.init(initialiser(model), training.optimizer(config.training), config.training)
+    )
     return model, words, chosen(checkpoints, asked(checkpoints.restore, like))[0]
 
 

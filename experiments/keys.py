@@ -9,10 +9,9 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from experiments import config as configs
-from experiments import schema, toml
+from experiments import kinds, schema, toml
 from experiments.errors import UserError
 
 
@@ -34,9 +33,9 @@ class Key(NamedTuple):
     meaning: str
 
 
-def kinds() -> dict[str, type]:
-    """The experiments by their kind."""
-    return schema._kinds(list(get_args(configs.Experiment)))
+def configs() -> dict[str, type]:
+    """The configs by their kind."""
+    return {kind: module.Config for kind, module in (kinds.TRAININGS | kinds.STUDIES).items()}
 
 
 def keys(kind: str) -> list[Key]:
@@ -45,7 +44,7 @@ def keys(kind: str) -> list[Key]:
     Raises:
       UserError: there is no such kind.
     """
-    known = kinds()
+    known = configs()
     if kind not in known:
         near = toml.nearest(kind, known)
         hint = f"did you mean {near}?" if near else f"there are: {', '.join(known)}."
@@ -121,10 +120,10 @@ def command(arguments: list[str]) -> int:
         prog="python -m experiments keys",
         description="Every key of a config: what may stand there, its default, and what it means.",
     )
-    parser.add_argument("kind", nargs="*", metavar="KIND", help=f"of experiment: {', '.join(kinds())} (default: all)")
+    parser.add_argument("kind", nargs="*", metavar="KIND", help=f"of experiment: {', '.join(configs())} (default: all)")
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
-    for kind in options.kind or kinds():
+    for kind in options.kind or configs():
         show(console, kind, keys(kind))
     return 0
 

@@ -1,44 +1,119 @@
 """Train a language model and judge it: validation loss, and a sample of what it writes.
 
-The model is the Flax module `mhajax.linen.LanguageModel`; it is trained by `mhajax.training`, which does not know it.
+The model is the Flax module `mhajax.linen.Model` of a `language_model.Config`; it is trained by
+`mhajax.training`, which does not know it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import host, quick, work
-from experiments.config import LanguageModelling, Sampling
+from experiments import host, quick, tables, work
 from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import Vocabulary
 from experiments.errors import ConfigError
 from experiments.folder import VOCABULARY
 from experiments.heads import of_text
-from experiments.task import Task, seeds_of
-from experiments.translation import mean_and_spread
-from mhajax import cache, decoding, language_model, linen, losses
+from experiments.heads.examined import Examined
+from experiments.task import Task, build_model, initialiser, mean_and_spread, seeds_of
+from mhajax import cache, decoding, language_model, linen, losses, training
 
 
-def prepare(config: LanguageModelling, folder: Path) -> Task:
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The table [sampling] of a language model: the text that is printed at the end.
+
+    Attributes:
+      prompt: what it goes on from.
+      tokens: how much of it.
+      temperature: below 1 safer, above 1 wilder; 0 is greedy: always the likeliest token.
+      top_k: only so many of the likeliest tokens may come; left out: all.
+      top_p: only the likeliest tokens that together have this probability may come; 1: all.
+    """
+
+    prompt: str = "\n"
+    tokens: int = 300
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise ValueError('prompt must not be empty; a line break is written "\\n".')
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}.")
+        if self.tokens > 1_000_000:
+            raise ValueError(f"tokens must be at most 1,000,000, got {self.tokens:,}.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}.")
+        if self.temperature and not decoding.COLDEST <= self.temperature <= decoding.HOTTEST:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or in [{decoding.COLDEST}, {decoding.HOTTEST}], "
+                f"got {self.temperature}."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(tables.Training):
+    """`kind = "language_model"`: train a language model, report its validation loss, print a sample.
+
+    Attributes:
+      kind: what this config is for.
+      quick: set by --quick: of the text only the beginning is used, and everything says so. Left out: all of it.
+      data: the text; a table of one of these kinds.
+      vocabulary: how text becomes numbers.
+      batches: how much text is taken at a time.
+      model: the shape of the language model.
+      training: how it is trained.
+      sampling: the text that it writes at the end.
+      heads: the report about its heads.
+    """
+
+    kind: Literal["language_model"] = "language_model"
+    quick: bool | None = None
+    data: corpora.Shakespeare | corpora.TextFile | corpora.Grammar
+    vocabulary: vocabulary.Config = field(default_factory=lambda: vocabulary.Config(kind="characters"))
+    batches: tables.Windows = tables.Windows()
+    model: language_model.Config
+    training: training.Config = training.Config()
+    sampling: Sampling = Sampling()
+    heads: tables.Heads = tables.Heads(sentences=32)
+
+
+def shrink(config: Config) -> Config:
+    """The same language model, small, for --quick."""
+    return replace(
+        config, **quick.shared(config), model=quick.narrow(config.model, num_layers=1, unroll=1),
+        data=quick.fewer_generated(config.data), batches=quick.least(config.batches, size=4, length=quick.LONGEST),
+        sampling=quick.least(config.sampling, tokens=80),
+    )  # fmt: skip
+
+
+def prepare(config: Config, folder: Path) -> Task:
     """Read the text, make the vocabulary (or take the run's own), and put the experiment together."""
     corpus = corpora.text(config.data)
     if config.quick:
         corpus = quick.little_text(corpus)
-    words = _vocabulary(config, corpus, folder)
+    words = vocabulary.load_or_train(folder / VOCABULARY, [corpus.train], config.vocabulary)
     if words.encode(config.sampling.prompt) == []:
         raise ConfigError(f"sampling.prompt {config.sampling.prompt!r} has no token in this vocabulary; give another.")
     model = build_model(config, words)
     _check_room(model.config, config.sampling)
     train, validation = (np.asarray(words.encode(part), np.int32) for part in (corpus.train, corpus.validation))
+    if config.heads.report:
+        of_text.check_room(len(validation), config.batches.length)
     stream = batches.TextBatches(
         train, batch_size=config.batches.size, length=config.batches.length, seed=config.training.seed
     )
@@ -70,7 +145,7 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
         batches=lambda seen: stream.iterate(stream.position(seen)),
         tokens=lambda batch: batch.shape[0] * (batch.shape[1] - 1),
         evaluate=evaluate,
-        examine=partial(of_text.of_language_model, config, corpus, words),
+        examine=partial(_examined, config, corpus, words),
         functional=partial(linen.functional, model),
         report=report,
         epoch=None,
@@ -84,17 +159,7 @@ def prepare(config: LanguageModelling, folder: Path) -> Task:
     )
 
 
-def build_model(config: LanguageModelling, words: Vocabulary) -> linen.LanguageModel:
-    """The Flax module, with the vocabulary's size filled in."""
-    return linen.LanguageModel(replace(config.model, vocab_size=words.size))
-
-
-def initialiser(model: linen.LanguageModel) -> Callable[[jax.Array], Any]:
-    """A function PRNG key → parameters of the module."""
-    return lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def write_sample(model: linen.LanguageModel, words: Vocabulary, params: Any, sampling: Sampling, seed: int) -> str:
+def write_sample(model: linen.Model, words: Vocabulary, params: Any, sampling: Sampling, seed: int) -> str:
     """The prompt and what the model goes on to write, token by token on its cache."""
     prompt = jnp.asarray([words.encode(sampling.prompt)], jnp.int32)
     config = model.config
@@ -127,9 +192,10 @@ def _check_room(config: language_model.Config, sampling: Sampling) -> None:
     host.check_room("[sampling] keys and values of all tokens", layer, config.num_layers, "sampling.tokens")
 
 
-def _vocabulary(config: LanguageModelling, corpus: corpora.TextCorpus, folder: Path) -> Vocabulary:
-    """The run's own vocabulary; made from the training text the first time."""
-    return vocabulary.load_or_train(folder / VOCABULARY, [corpus.train], config.vocabulary)
+def _examined(config: Config, corpus: corpora.TextCorpus, words: Vocabulary, windows: int) -> Examined:
+    """The model and the first windows of its validation text, for the report about its heads."""
+    text = of_text.held_out(corpus.validation, words, config.batches, windows)
+    return of_text.of_text(language_model, replace(config.model, vocab_size=words.size), text)
 
 
 def _table(params: Any) -> jax.Array:
@@ -137,7 +203,7 @@ def _table(params: Any) -> jax.Array:
     return params.get("output", params["embedding"]["tokens"])
 
 
-def _loss(model: linen.LanguageModel, label_smoothing: float, params, tokens, key):
+def _loss(model: linen.Model, label_smoothing: float, params, tokens, key):
     features: Any = model.apply(
         {"params": params}, tokens[:, :-1], deterministic=False, rngs={"dropout": key}, method="features"
     )
@@ -147,7 +213,7 @@ def _loss(model: linen.LanguageModel, label_smoothing: float, params, tokens, ke
     return sums.loss / sums.weight, {"accuracy": sums.correct / sums.weight, "weight": sums.weight}
 
 
-def _validation_loss(config: LanguageModelling, model: linen.LanguageModel, tokens: np.ndarray):
+def _validation_loss(config: Config, model: linen.Model, tokens: np.ndarray):
     """A function params → mean cross-entropy of every token of the held-out text but its first."""
 
     @jax.jit

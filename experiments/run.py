@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -21,25 +20,22 @@ from experiments import (
     finished,
     host,
     kinds,
-    language_modelling,
-    quick,
     schema,
     studies,
     toml,
-    translation,
     work,
 )
 from experiments import folder as folders
-from experiments.data.vocabulary import Vocabulary
 from experiments.errors import ConfigError, DataError, UserError
 from experiments.folder import CHECKPOINTS, CONFIG, ENVIRONMENT, HEADS, METRICS, ORIGIN, REPORT, RESULT, write
 from experiments.progress import Board, Display, Times
-from experiments.task import Task, seeds_of
+from experiments.tables import Training
+from experiments.task import Task
 from mhajax import training
 from mhajax.checkpoints import Checkpoints, Damaged
 
 
-def load(path: str, overrides: list[str], runs: str, *, small: bool = False) -> tuple[configs.Experiment, Path]:
+def load(path: str, overrides: list[str], runs: str, *, small: bool = False) -> tuple[Any, Path]:
     """The config that a person named, with overrides, and the folder of its run.
 
     Args:
@@ -60,12 +56,12 @@ def load(path: str, overrides: list[str], runs: str, *, small: bool = False) -> 
     if _is_folder(folder):
         raise ConfigError(f"{folder}: this folder has no {CONFIG}, so it is no run; give a config file or a run.")
     config = configs.read(folder, overrides)
-    config = quick.shrink(config) if small else config
+    config = kinds.shrink(config) if small else config
     stem = f"quick-{folder.stem}" if config.quick else folder.stem
     return config, Path(runs) / folders.name(stem, schema.to_toml(config))
 
 
-def load_run(path: str | Path) -> tuple[configs.Experiment, Path]:
+def load_run(path: str | Path) -> tuple[Any, Path]:
     """The config and the folder of an earlier run."""
     folder = Path(path)
     if not _is_run(folder):
@@ -74,14 +70,14 @@ def load_run(path: str | Path) -> tuple[configs.Experiment, Path]:
     return configs.read(folder / CONFIG), folder
 
 
-def load_training(path: str | Path) -> tuple[configs.Training, Path]:
+def load_training(path: str | Path) -> tuple[Training, Path]:
     """The config and the folder of an earlier run that trained something.
 
     Raises:
       UserError: it is a study.
     """
     config, folder = load_run(path)
-    if not isinstance(config, configs.Training):
+    if not isinstance(config, Training):
         raise UserError(f"{folder}: this is a study ({config.kind}), not a training; its report is {folder / REPORT}")
     return config, folder
 
@@ -112,12 +108,12 @@ def _not_a_run(folder: Path) -> str:
     return f"there is no such folder in {where}" + (f"; did you mean {folder.with_name(near)}?" if near else ".")
 
 
-def prepare(config: configs.Training, folder: Path) -> Task:
+def prepare(config: Training, folder: Path) -> Task:
     """The experiment that a config describes; this is where a config becomes objects."""
     return kinds.TRAININGS[config.kind].prepare(config, folder)
 
 
-def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboard: bool = False) -> dict[str, Any]:
+def run(config: Any, folder: Path, console: Console, *, tensorboard: bool = False) -> dict[str, Any]:
     """Train (or go on training), evaluate, report, and write the result.
 
     A finished run is not trained again: its best parameters are evaluated and reported anew.
@@ -132,12 +128,49 @@ def run(config: configs.Experiment, folder: Path, console: Console, *, tensorboa
       What stands in result.json.
     """
     with folders.opened(folder), work.shown_on(console):
-        if not isinstance(config, configs.Training):
-            return studies.run(kinds.STUDIES[config.kind], config, folder, console)
+        if not isinstance(config, Training):
+            train = Arms(folder.parent, console, small=bool(config.quick))
+            return studies.run(kinds.STUDIES[config.kind], config, folder, console, train)
         return _run(config, folder, console, tensorboard)
 
 
-def _run(config: configs.Training, folder: Path, console: Console, tensorboard: bool) -> dict[str, Any]:
+class Arms:
+    """The trainings of a study, beside its own folder; a `studies.Train`.
+
+    Args:
+      runs: where their folders are made.
+      console: where a person reads.
+      small: they are quick looks.
+    """
+
+    def __init__(self, runs: Path, console: Console, *, small: bool):
+        self._runs, self._console, self._small = runs, console, small
+
+    def check(self, path: str, lines: Sequence[str]) -> None:
+        """Raise a ConfigError or DataError unless this is the config of a training."""
+        self._load(path, lines)
+
+    def __call__(self, path: str, lines: Sequence[str], name: str) -> dict[str, Any]:
+        """The result of a config with other values, trained if it is not there yet."""
+        config, folder = self._load(path, lines)
+        if (folder / RESULT).is_file() and load_run(folder)[0] == config:
+            return folders.read_json(folder / RESULT, "seconds", "parameters")
+        self._console.print(f"[bold]{name}[/bold] [dim]{folder}[/dim]", highlight=False, soft_wrap=True)
+        return run(config, folder, self._console)
+
+    def _load(self, path: str, lines: Sequence[str]) -> tuple[Training, Path]:
+        config = configs.read(path, lines)
+        if not isinstance(config, Training):
+            raise ConfigError(f"{path}: this is a study ({config.kind}); the arms of a study are trainings.")
+        stem, seeds = Path(path).stem, config.training.seeds
+        if self._small:
+            config = kinds.shrink(config)
+            config = dataclasses.replace(config, training=dataclasses.replace(config.training, seeds=seeds))
+            stem = f"quick-{stem}"
+        return config, self._runs / folders.name(stem, schema.to_toml(config))
+
+
+def _run(config: Training, folder: Path, console: Console, tensorboard: bool) -> dict[str, Any]:
     times = Times(folder)
     origin = _begin(config, folder)
     if config.quick:
@@ -187,7 +220,7 @@ def _run(config: configs.Training, folder: Path, console: Console, tensorboard: 
     return result
 
 
-def _begin(config: configs.Training, folder: Path) -> dict[str, Any] | None:
+def _begin(config: Training, folder: Path) -> dict[str, Any] | None:
     """What must be so before anything is done in a folder; where the run goes on from, if it is a continued one."""
     if (folder / CONFIG).is_file():
         if load_run(folder)[0] != config:
@@ -218,66 +251,6 @@ def _begin(config: configs.Training, folder: Path) -> dict[str, Any] | None:
     return {"run": source.name, "step": step, "config_sha256": folders.digest(schema.to_toml(own)), **before}
 
 
-def translate(
-    path: str | Path, sentences: Sequence[str], *, beams: int | None = None, console: Console | None = None
-) -> list[str]:
-    """Translations of sentences by the best parameters (of the first seed) of an earlier run; empty lines stay empty.
-
-    Args:
-      path: the folder of the run.
-      sentences: one sentence each.
-      beams: other than the config's; 1 is greedy.
-      console: where a person is told of words that the run does not know, and how far it is; None for nowhere.
-    """
-    config, folder = load_run(path)
-    if not isinstance(config, configs.Translation):
-        raise UserError(f"{folder}: this run is a {config.kind}, not a translation; use: sample {folder}")
-    model, words, params = finished.parameters(config, folder)
-    wanted = [sentence for sentence in sentences if sentence.strip()]
-    translator = translation.Translator(config, model, words)
-    for number, sentence in enumerate(sentences, start=1):
-        _warn(console, f"line {number}", words.unknown(sentence), words)
-    with contextlib.nullcontext() if console is None else work.shown_on(console):
-        outputs = iter(translator(seeds_of(params)[0], wanted, beams=beams) if wanted else [])
-    return [next(outputs) if sentence.strip() else "" for sentence in sentences]
-
-
-def _warn(console: Console | None, where: str, unknown: list[str], words: Vocabulary) -> None:
-    """Tell of what a vocabulary does not know, which a model reads as one and the same unknown token."""
-    if console is not None and unknown:
-        listed = ", ".join(map(repr, unknown[:8])) + (" …" if len(unknown) > 8 else "")
-        of = f"the {words.size:,} {words.unit}s that this run knows"
-        console.print(f"warning: {where}: {listed} not among {of}", style="yellow", highlight=False, markup=False)
-
-
-def sample(path: str | Path, seed: int = 0, *, console: Console | None = None, **changes: Any) -> str:
-    """Text by the best parameters (of the first seed) of an earlier run.
-
-    Args:
-      path: the folder of the run.
-      seed: another seed, another text.
-      console: where a person is told of characters or words that the run does not know; None for nowhere.
-      **changes: to the config's [sampling].
-    """
-    config, folder = load_run(path)
-    if not isinstance(config, configs.LanguageModelling):
-        raise UserError(f"{folder}: this run is a {config.kind}, not a language model; use: translate {folder}")
-    if not 0 <= seed <= configs.LARGEST:
-        raise UserError(
-            f"sample: seed must be between 0 and {configs.LARGEST:,}, got {seed}; others are the same again."
-        )
-    try:
-        sampling = dataclasses.replace(config.sampling, **changes)
-    except ValueError as error:
-        raise UserError(f"sample: {error}") from None
-    model, words, params = finished.parameters(config, folder)
-    if not words.encode(sampling.prompt):
-        raise UserError(f"sample: the prompt {sampling.prompt!r} has no token in this run's vocabulary; give another.")
-    _warn(console, "the prompt", words.unknown(sampling.prompt), words)
-    with contextlib.nullcontext() if console is None else work.shown_on(console):
-        return language_modelling.write_sample(model, words, seeds_of(params)[0], sampling, seed)
-
-
 def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:
     """Measure the heads of an earlier run: writes report.html, heads.json and figures to its folder.
 
@@ -299,7 +272,7 @@ def heads(path: str | Path, console: Console, **changes: Any) -> dict[str, Any]:
         return _report_heads(config, folder, task, params, console)
 
 
-def _report_heads(config: configs.Training, folder: Path, task: Task, params: Any, console: Console) -> dict[str, Any]:
+def _report_heads(config: Training, folder: Path, task: Task, params: Any, console: Console) -> dict[str, Any]:
     from experiments import heads
     from mhajax import figures
 
@@ -316,7 +289,7 @@ def _report_heads(config: configs.Training, folder: Path, task: Task, params: An
     return found.numbers
 
 
-def trained(config: configs.Training, folder: Path) -> tuple[Task, Any]:
+def trained(config: Training, folder: Path) -> tuple[Task, Any]:
     """The experiment of a run folder and its best parameters [seeds, ...].
 
     Raises:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import Array
 from rich.console import Console
 
+from experiments.data.vocabulary import Vocabulary
 from experiments.heads.examined import Examined
+from experiments.tables import Training
+from mhajax import linen
 
 
 class Task(NamedTuple):
-    """One experiment, ready to run; `translation.prepare` and `language_modelling.prepare` make one.
+    """One experiment, ready to run; the `prepare` of a kind makes one.
 
     Attributes:
       init_params: PRNG key → parameters of the Flax module.
@@ -51,3 +56,22 @@ def seeds_of(params: Any) -> list[Any]:
     """The parameters of each seed, of parameters [seeds, ...]."""
     count = len(jax.tree.leaves(params)[0])
     return [jax.tree.map(lambda a, i=i: a[i], params) for i in range(count)]
+
+
+def build_model(config: Training, words: Vocabulary) -> linen.Model:
+    """The Flax module of a training's model, with the vocabulary's size filled in."""
+    return linen.Model(replace(config.model, vocab_size=words.size))
+
+
+def initialiser(model: linen.Model) -> Callable[[Array], Any]:
+    """A function PRNG key → parameters of the module."""
+    return lambda key: model.init(key, method="parameters")["params"]
+
+
+def mean_and_spread(scores: dict[str, list[float]]) -> dict[str, Any]:
+    """Mean over seeds; with more than one also the standard deviation and the single values."""
+    result: dict[str, Any] = {name: round(float(np.mean(values)), 3) for name, values in scores.items()}
+    for name, values in scores.items():
+        if len(values) > 1:
+            result |= {f"{name}_sd": round(float(np.std(values, ddof=1)), 3), f"{name}_by_seed": values}
+    return result

@@ -1,14 +1,16 @@
 """Train a translator and judge it: BLEU and chrF on held-out sentences, and what its heads attend to.
 
-The model is the Flax module `mhajax.linen.Translator`; it is trained by `mhajax.training`, which does not know it.
+The model is the Flax module `mhajax.linen.Model` of a `translator.Config`; it is trained by `mhajax.training`,
+which does not know it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +18,85 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import host, quick, work
-from experiments.config import Translation
+from experiments import quick, tables, work
 from experiments.data import batches, corpora, vocabulary
-from experiments.data.vocabulary import BOS, EOS, Vocabulary
+from experiments.data.vocabulary import Vocabulary
 from experiments.folder import VOCABULARY
-from experiments.heads import examined, findings, numbers, report, table
-from experiments.task import Task, seeds_of
-from mhajax import cache, decoding, linen, losses, transformer, translator
+from experiments.heads import examined, findings, numbers, of_pairs, report, table
+from experiments.task import Task, build_model, initialiser, mean_and_spread, seeds_of
+from experiments.translating import Decoding, Translator, rows_of
+from mhajax import linen, losses, training, translator
 
 _HEADS_MEASURED_ON = 200  # sentences
 
 
-def prepare(config: Translation, folder: Path) -> Task:
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """The table [batches] of a translation.
+
+    Attributes:
+      tokens: target tokens per batch, padding included.
+      boundaries: lengths to which sentences are padded; each costs one compilation. Longer pairs are left out of
+        training (and counted), never out of evaluation.
+    """
+
+    tokens: int = 4096
+    boundaries: tuple[int, ...] = (16, 32, 64)
+
+    def __post_init__(self):
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}.")
+        if not self.boundaries or any(a >= b for a, b in zip((0, *self.boundaries), self.boundaries, strict=False)):
+            raise ValueError(
+                f"boundaries must be positive and ascending, such as [16, 32, 64], got {list(self.boundaries)}."
+            )
+        if self.boundaries[-1] > self.tokens:
+            raise ValueError(
+                f"tokens must be at least the last of boundaries, got tokens={self.tokens} and "
+                f"boundaries={list(self.boundaries)}; a batch would hold no sentence."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(tables.Training):
+    """`kind = "translation"`: train a translator, report BLEU and chrF, show its heads.
+
+    Attributes:
+      kind: what this config is for.
+      quick: set by --quick: of the data only the first sentences are used, and everything says so. Left out: all of it.
+      data: the sentence pairs; a table of one of these kinds.
+      vocabulary: how text becomes numbers.
+      batches: how many sentences are taken at a time.
+      model: the shape of the translator.
+      training: how it is trained.
+      decoding: how it translates.
+      heads: the report about its heads.
+    """
+
+    kind: Literal["translation"] = "translation"
+    quick: bool | None = None
+    data: corpora.Grammar | corpora.Multi30k | corpora.ParallelFiles = corpora.Grammar()
+    vocabulary: vocabulary.Config = vocabulary.Config()
+    batches: Batches = Batches()
+    model: translator.Config
+    training: training.Config = training.Config()
+    decoding: Decoding = Decoding()
+    heads: tables.Heads = tables.Heads()
+
+
+def shrink(config: Config) -> Config:
+    """The same translation, small, for --quick."""
+    return replace(
+        config, **quick.shared(config), model=quick.narrow(config.model, encoder_layers=1, decoder_layers=1, unroll=1),
+        data=quick.fewer_generated(config.data),
+        batches=replace(config.batches, boundaries=(quick.LONGEST,), tokens=8 * quick.LONGEST),
+        decoding=quick.least(
+            config.decoding, beams=1, batch=quick.HELD_OUT, validation_sentences=quick.HELD_OUT
+        ),
+    )  # fmt: skip
+
+
+def prepare(config: Config, folder: Path) -> Task:
     """Read the data, make the vocabulary (or take the run's own), and put the experiment together."""
     corpus = corpora.parallel(config.data)
     if config.quick:
@@ -41,7 +109,7 @@ def prepare(config: Translation, folder: Path) -> Task:
     )
     shown = corpus.validation[: config.decoding.validation_sentences]
     validation = _ids(words, corpus.validation)
-    translate = Translator(config, model, words)
+    translate = Translator(model, words, config.decoding, config.batches.boundaries)
     translate.check_room(max(map(len, (shown, *corpus.tests.values()))), config.decoding.beams)
     validation_loss = _validation_loss(config, model)
 
@@ -71,7 +139,7 @@ def prepare(config: Translation, folder: Path) -> Task:
         batches=lambda seen: training_batches.iterate(training_batches.position(seen)),
         tokens=lambda batch: int(batch.target_lengths.sum()),
         evaluate=evaluate,
-        examine=partial(examined.of_translator, config, corpus, words),
+        examine=partial(_examined, config, corpus, words),
         functional=partial(linen.functional, model),
         report=partial(_report, config, corpus, words, model, translate),
         epoch=training_batches.batches_per_epoch,
@@ -80,18 +148,6 @@ def prepare(config: Translation, folder: Path) -> Task:
         notes=tuple(notes),
         examples=training_batches.examples,
     )
-
-
-def build_model(config: Translation, words: Vocabulary) -> linen.Translator:
-    """The Flax module, with the vocabulary's size filled in."""
-    from dataclasses import replace
-
-    return linen.Translator(replace(config.model, vocab_size=words.size))
-
-
-def initialiser(model: linen.Translator) -> Callable[[jax.Array], Any]:
-    """A function PRNG key → parameters of the module."""
-    return partial(_init_params, model)
 
 
 def bleu(outputs: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
@@ -118,16 +174,6 @@ def chrf(outputs: Sequence[str], references: Sequence[str]) -> tuple[float, str]
     return score, str(metric.get_signature())
 
 
-def _rows(batch: int, sentences: int) -> int:
-    """The rows of a batch: all, where more than half are taken; a shape of its own is compiled only for a few."""
-    return batch if 2 * sentences > batch else sentences
-
-
-def _longest(source: int) -> int:
-    """Tokens that a translation of so many may have."""
-    return source * 3 // 2 + 8
-
-
 def _check_pairs(who: str, outputs: Sequence[str], references: Sequence[str]) -> None:
     if isinstance(outputs, str) or isinstance(references, str):
         raise ValueError(f"translation.{who}: outputs and references must be lists of sentences, got one text.")
@@ -138,64 +184,15 @@ def _check_pairs(who: str, outputs: Sequence[str], references: Sequence[str]) ->
         )
 
 
-class Translator:
-    """Text in, text out, in batches of few shapes."""
-
-    def __init__(self, config: Translation, model: linen.Translator, words: Vocabulary):
-        self._config, self._model, self._words = config, model, words
-        self._decode = jax.jit(self._decode_batch, static_argnames=("beams", "length"))
-
-    def __call__(self, params: Any, sentences: Sequence[str], *, beams: int | None = None) -> list[str]:
-        """Translations of the sentences; `beams` other than the config's if given."""
-        settings = self._config.decoding
-        beams = settings.beams if beams is None else beams
-        self.check_room(len(sentences), beams)
-        ids = self._words.encode_all(sentences)
-        outputs = [""] * len(sentences)
-        rows = _rows(settings.batch, len(sentences))
-        boundaries = self._config.batches.boundaries
-        with work.piece("translating", len(sentences), "sentences") as piece:
-            for batch in batches.evaluation_batches(ids, batch_size=rows, boundaries=boundaries):
-                longest = _longest(batch.source.shape[1])
-                tokens = self._decode(params, batch.source, batch.source_lengths, beams=beams, length=longest)
-                for number, output in zip(batch.index, np.asarray(tokens), strict=True):
-                    if number >= 0:
-                        outputs[number] = self._words.decode(output)
-                piece.advance(int((batch.index >= 0).sum()))
-        return outputs
-
-    def check_room(self, sentences: int, beams: int) -> None:
-        """Refuse beams that cannot fit into memory."""
-        rows, decoder = _rows(self._config.decoding.batch, sentences) * beams, self._model.config.decoder
-        longest = _longest(self._config.batches.boundaries[-1])
-        layer = jax.eval_shape(lambda: cache.init((rows,), longest, decoder))
-        host.check_room(
-            "[decoding] keys and values of all beams", layer, decoder.num_layers, "decoding.batch or decoding.beams"
-        )
-
-    def _decode_batch(self, params, source, source_lengths, *, beams, length):
-        config = self._model.config
-        params = linen.functional(self._model, params)
-        state = translator.begin(params, source, length, config, source_lengths=source_lengths)
-        first = jnp.full(source.shape[0], BOS)
-        rows = jnp.repeat(jnp.arange(source.shape[0]), beams)
-        params = translator.unstack(params)
-        reading = translator.select(state, rows)  # what is read stays; what is written moves through the loop
-
-        def step(tokens, written):
-            logits, state = translator.extend(params, tokens[:, None], reading._replace(written=written), config)
-            return logits[:, 0], state.written
-
-        if beams == 1:
-            key = jax.random.key(0)  # greedy takes none
-            return decoding.generate(step, reading.written, first, decoding.greedy, key, length=length, end=EOS)
-        return decoding.beam_search(
-            step, transformer.select, reading.written, first,
-            beams=beams, length=length, end=EOS, length_penalty=self._config.decoding.length_penalty,
-        ).tokens[:, 0]  # fmt: skip
+def _examined(config: Config, corpus: corpora.ParallelCorpus, words: Vocabulary, sentences: int) -> examined.Examined:
+    """The model and the first sentences of its first test, for the report about its heads."""
+    test, pairs = next(iter(corpus.tests.items()))
+    shape = replace(config.model, vocab_size=words.size)
+    rows = config.decoding.batch // 2 or 1
+    return of_pairs.of_translator(shape, pairs[:sentences], words, rows, corpus.gold.get(test))
 
 
-def _vocabulary(config: Translation, corpus: corpora.ParallelCorpus, folder: Path) -> Vocabulary:
+def _vocabulary(config: Config, corpus: corpora.ParallelCorpus, folder: Path) -> Vocabulary:
     """The run's own vocabulary; made from both sides of the training data the first time."""
     texts = [text for pair in corpus.train for text in pair]
     return vocabulary.load_or_train(folder / VOCABULARY, texts, config.vocabulary)
@@ -206,12 +203,7 @@ def _ids(words: Vocabulary, pairs: corpora.Sentences) -> list[tuple[list[int], l
     return list(zip(words.encode_all(sources), words.encode_all(targets), strict=True))
 
 
-def _init_params(model: linen.Translator, key: jax.Array) -> Any:
-    token = jnp.zeros((1, 1), jnp.int32)
-    return model.init(key, token, token)["params"]
-
-
-def _loss(model: linen.Translator, label_smoothing: float, params, batch: batches.PairBatch, key):
+def _loss(model: linen.Model, label_smoothing: float, params, batch: batches.PairBatch, key):
     """Label-smoothed cross-entropy per real target token, and its parts."""
     features = model.apply(
         {"params": params}, batch.source, batch.target[:, :-1],
@@ -228,7 +220,7 @@ def _token_sums(features, table, batch, label_smoothing: float) -> losses.Sums:
     )
 
 
-def _validation_loss(config: Translation, model: linen.Translator) -> Callable[[Any, Sequence], tuple[float, float]]:
+def _validation_loss(config: Config, model: linen.Model) -> Callable[[Any, Sequence], tuple[float, float]]:
     @jax.jit
     def sums(params, batch):
         features = model.apply(
@@ -238,7 +230,7 @@ def _validation_loss(config: Translation, model: linen.Translator) -> Callable[[
         return _token_sums(features, params["embedding"]["tokens"], batch, 0.0)
 
     def mean(params: Any, pairs: Sequence) -> tuple[float, float]:
-        rows = _rows(config.decoding.batch, len(pairs))
+        rows = rows_of(config.decoding.batch, len(pairs))
         parts, boundaries = [], config.batches.boundaries
         with work.piece("validation loss", len(pairs), "sentences") as piece:
             for batch in batches.evaluation_pairs(pairs, batch_size=rows, boundaries=boundaries):
@@ -275,17 +267,8 @@ def _report(config, corpus, words, model, translate, params, folder: Path, conso
         "bleu_signature": signatures["bleu"], "chrf_signature": signatures["chrf"], "tests": tests,
     }  # fmt: skip
     if not config.quick:
-        shown = examined.of_translator(config, corpus, words, _HEADS_MEASURED_ON)
+        shown = _examined(config, corpus, words, _HEADS_MEASURED_ON)
         result["heads"] = _show_heads(shown, linen.functional(model, seeds[0]), folder, console)
-    return result
-
-
-def mean_and_spread(scores: dict[str, list[float]]) -> dict[str, Any]:
-    """Mean over seeds; with more than one also the standard deviation and the single values."""
-    result: dict[str, Any] = {name: round(float(np.mean(values)), 3) for name, values in scores.items()}
-    for name, values in scores.items():
-        if len(values) > 1:
-            result |= {f"{name}_sd": round(float(np.std(values, ddof=1)), 3), f"{name}_by_seed": values}
     return result
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any, TypeVar
 
 import jax
@@ -119,6 +121,22 @@ def instance(who: str, name: str, given: Any, kind: type, write: str) -> None:
     """Raise a TypeError unless it is of a class of this library."""
     if not isinstance(given, kind):
         raise TypeError(f"{who}: {name} must be {_name(kind)}, got {kind_of(given)}; write {write}.")
+
+
+def home(who: str, config: Any, *names: str) -> ModuleType:
+    """The module that has the class of a model's config and, beside it, functions of these names.
+
+    Raises:
+      TypeError: there is none.
+    """
+    for base in type(config).__mro__:
+        module = sys.modules.get(base.__module__)
+        if module is not None and all(hasattr(module, name) for name in names):
+            return module
+    raise TypeError(
+        f"{who}: config must be the Config of a model, of language_model, encoder, translator or another module with "
+        f"{', '.join(names)}, got {kind_of(config)}."
+    )
 
 
 def function(who: str, name: str, given: Any, call: str, write: str) -> None:

@@ -158,6 +158,12 @@ def features(params: Params, tokens: Array, config: Config, **options: Unpack[Op
     return run(params, tokens, config, **options)[0]
 
 
+def logits(params: Params, features: Array, config: Config) -> Array:
+    """Of the token after every one, float32 [..., T, V], from features [..., T, D]."""
+    del config  # the table is all that it takes; other models need more
+    return embedding.logits(params.table, features)
+
+
 def init_cache(
     leading: tuple[int, ...], capacity: int, config: Config, dtype: Any = jnp.float32, *, rolling: bool = False
 ) -> Caches:

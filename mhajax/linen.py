@@ -10,6 +10,7 @@ NamedTuples that every function of this library takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, Unpack
 
 import jax
@@ -17,7 +18,7 @@ from flax import linen as nn
 from flax.linen import dtypes
 from jax import Array
 
-from mhajax import arguments, attention, drop_in, language_model, translator
+from mhajax import arguments, attention, drop_in
 from mhajax.options import LayerOptions
 from mhajax.tree import from_dict, to_dict
 
@@ -51,71 +52,56 @@ class MultiHeadAttention(nn.Module):
         **options: Unpack[LayerOptions],
     ) -> Array:
         """x [..., T, D] attends to itself or to memory [..., S, D]; the options are those of `attention.apply`."""
-        _check(self, attention.Config)
+        arguments.instance(
+            "linen.MultiHeadAttention", "config", self.config, attention.Config,
+            "linen.MultiHeadAttention(attention.Config(…))",
+        )  # fmt: skip
         dropout = {}
         if self.dropout_rate and not deterministic:
             dropout = {"dropout_rate": self.dropout_rate, "dropout_key": self.make_rng("dropout")}
         return attention.apply(_params(self), x, self.config, memory=memory, **dropout, **options)
 
 
-class LanguageModel(nn.Module):
-    """`language_model` as a module; `config.dropout` and `config.attention_dropout` take the rng "dropout".
+class Model(nn.Module):
+    """A whole model as a module: `language_model`, `encoder`, `translator`, or one of your own.
 
-    >>> config = language_model.Config(d_model=16, num_heads=4, num_layers=2, vocab_size=11)
-    >>> variables = LanguageModel(config).init(jax.random.key(0), jax.numpy.ones((3, 5), int))
+    It runs the functions beside the config's class, `init_params(key, config)`, `apply(params, *inputs, config,
+    **options)` and `features(…)`; what they take and return, those say.
+
+    Attributes:
+      config: of the model, such as `language_model.Config(…)`; its `dropout` and `attention_dropout` take the rng
+        "dropout".
+
+    >>> from mhajax import language_model
+    >>> model = Model(language_model.Config(d_model=16, num_heads=4, num_layers=2, vocab_size=11))
+    >>> variables = model.init(jax.random.key(0), jax.numpy.ones((3, 5), int))
     >>> variables["params"]["stack"]["layers"]["attention"]["w_q"].shape  # [L, N, D, H]
     (2, 4, 16, 4)
     """
 
-    functions = language_model
-    config: language_model.Config
+    config: Any
+
+    @property
+    def functions(self) -> ModuleType:
+        """The module of the model's functions."""
+        return arguments.home("linen.Model", self.config, "init_params", "apply", "features")
 
     def setup(self) -> None:
-        _check(self, language_model.Config)
         self.functional_params = _params(self)
 
-    @arguments.shown
-    def __call__(
-        self, tokens: Array, *, deterministic: bool = True, **options: Unpack[language_model.Options]
-    ) -> Array:
-        """Logits [..., T, V] of tokens [..., T]; the options are those of `language_model.apply`."""
+    def __call__(self, *inputs: Array, deterministic: bool = True, **options: Any) -> Array:
+        """What the model's `apply` gives for the inputs, with its options: the logits [..., T, V]."""
         dropout = _dropout(self, deterministic)
-        return language_model.apply(self.functional_params, tokens, self.config, **dropout, **options)
+        return self.functions.apply(self.functional_params, *inputs, self.config, **dropout, **options)
 
-    @arguments.shown
-    def features(
-        self, tokens: Array, *, deterministic: bool = True, **options: Unpack[language_model.Options]
-    ) -> Array:
+    def features(self, *inputs: Array, deterministic: bool = True, **options: Any) -> Array:
         """What the logits are computed from, [..., T, D]."""
         dropout = _dropout(self, deterministic)
-        return language_model.features(self.functional_params, tokens, self.config, **dropout, **options)
+        return self.functions.features(self.functional_params, *inputs, self.config, **dropout, **options)
 
-
-class Translator(nn.Module):
-    """`translator` as a module; `config.dropout` and `config.attention_dropout` take the rng "dropout"."""
-
-    functions = translator
-    config: translator.Config
-
-    def setup(self) -> None:
-        _check(self, translator.Config)
-        self.functional_params = _params(self)
-
-    @arguments.shown
-    def __call__(
-        self, source: Array, target: Array, *, deterministic: bool = True, **options: Unpack[translator.Options]
-    ) -> Array:
-        """Logits [..., T, V] of targets [..., T]; the options are those of `translator.apply`."""
-        dropout = _dropout(self, deterministic)
-        return translator.apply(self.functional_params, source, target, self.config, **dropout, **options)
-
-    @arguments.shown
-    def features(
-        self, source: Array, target: Array, *, deterministic: bool = True, **options: Unpack[translator.Options]
-    ) -> Array:
-        """What the logits are computed from, [..., T, D]."""
-        dropout = _dropout(self, deterministic)
-        return translator.features(self.functional_params, source, target, self.config, **dropout, **options)
+    def parameters(self) -> Any:
+        """The parameters as the functions take them; `model.init(key, method="parameters")` needs no inputs."""
+        return self.functional_params
 
 
 def attention_fn(
@@ -205,13 +191,6 @@ def functional(module: Any, variables: Mapping[str, Any]) -> Any:
     return from_dict(variables.get("params", variables), _template(module))
 
 
-def _check(module: Any, kind: type) -> None:
-    """Raise a TypeError for another config."""
-    name = type(module).__name__
-    write = f"linen.{name}({kind.__module__.removeprefix('mhajax.')}.Config(…))"
-    arguments.instance(f"linen.{name}", "config", module.config, kind, write)
-
-
 def _template(module: Any) -> Any:
     return jax.eval_shape(lambda: module.functions.init_params(jax.random.key(0), module.config))
 
@@ -227,5 +206,5 @@ def _params(module: Any) -> Any:
 
 
 def _dropout(module: Any, deterministic: bool) -> dict[str, Any]:
-    drops = module.config.dropout or module.config.attention_dropout
+    drops = getattr(module.config, "dropout", 0) or getattr(module.config, "attention_dropout", 0)
     return {} if deterministic or not drops else {"dropout_key": module.make_rng("dropout")}

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import Array
 
-from mhajax import arguments, attention, drop_in, language_model, translator
+from mhajax import arguments, attention, drop_in
 from mhajax.options import LayerOptions
 
 
@@ -37,17 +37,10 @@ class _Parameters(nnx.Module):
 class _Adapter(_Parameters):
     """Parameters, and what the functions need besides them."""
 
-    functions: ClassVar[ModuleType]
-
-    def __init__(self, config: Any, *, dropout_rate: float | None = None, deterministic: bool, rngs: nnx.Rngs):
-        who = f"nnx.{type(self).__name__}"
-        arguments.instance(who, "config", config, self.functions.Config, f"{self.functions.__name__[7:]}.Config(…)")
-        arguments.instance(who, "rngs", rngs, nnx.Rngs, "nnx.Rngs(0)")
-        super().__init__(self.functions.init_params(rngs.params(), config))
+    def __init__(self, params: Any, config: Any, *, dropout_rate: float, deterministic: bool, rngs: nnx.Rngs):
+        super().__init__(params)
         self.config = config
         self.deterministic = deterministic
-        if dropout_rate is None:  # a model, whose config says it
-            dropout_rate = config.dropout or config.attention_dropout
         self.rngs = rngs.dropout.fork() if dropout_rate else None
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -81,7 +74,6 @@ class MultiHeadAttention(_Adapter):
     (2, 5, 16)
     """
 
-    functions = attention
     w_q: nnx.Param  # [N, D, H]
     w_k: nnx.Param  # [K, D, H]
     w_v: nnx.Param  # [K, D, Hv]
@@ -90,7 +82,10 @@ class MultiHeadAttention(_Adapter):
     def __init__(
         self, config: attention.Config, *, dropout_rate: float = 0.0, deterministic: bool = False, rngs: nnx.Rngs
     ):
-        super().__init__(config, dropout_rate=dropout_rate, deterministic=deterministic, rngs=rngs)
+        who = "nnx.MultiHeadAttention"
+        arguments.instance(who, "config", config, attention.Config, "attention.Config(…)")
+        params = attention.init_params(_key(who, rngs), config)
+        super().__init__(params, config, dropout_rate=dropout_rate, deterministic=deterministic, rngs=rngs)
         self.dropout_rate = dropout_rate
 
     @arguments.shown
@@ -105,93 +100,49 @@ class MultiHeadAttention(_Adapter):
         return attention.apply(functional(self), x, self.config, memory=memory, **dropout, **options)
 
 
-class LanguageModel(_Adapter):
-    """`language_model` as a module; `config.dropout` and `config.attention_dropout` apply unless `deterministic`.
+class Model(_Adapter):
+    """A whole model as a module: `language_model`, `encoder`, `translator`, or one of your own.
+
+    It runs the functions beside the config's class, `init_params(key, config)`, `apply(params, *inputs, config,
+    **options)` and `features(…)`; what they take and return, those say.
 
     Args:
-      config, deterministic, rngs: as in `MultiHeadAttention`.
+      config: of the model, such as `language_model.Config(…)`; its `dropout` and `attention_dropout` apply unless
+        `deterministic`.
+      deterministic, rngs: as in `MultiHeadAttention`.
 
     >>> import jax.numpy as jnp
+    >>> from mhajax import language_model
     >>> config = language_model.Config(d_model=16, num_heads=4, num_layers=2, vocab_size=11)
-    >>> model = LanguageModel(config, rngs=nnx.Rngs(0))
+    >>> model = Model(config, rngs=nnx.Rngs(0))
     >>> model.stack.layers.attention.w_q.shape  # [L, N, D, H]
     (2, 4, 16, 4)
     >>> model(jnp.ones((3, 5), int)).shape
     (3, 5, 11)
     """
 
-    functions = language_model
-    embedding: Any  # embedding.tokens is an nnx.Param [V, D]
-    stack: Any  # every leaf of stack.layers is [L, ...]
+    def __init__(self, config: Any, *, deterministic: bool = False, rngs: nnx.Rngs):
+        params = _functions(config).init_params(_key("nnx.Model", rngs), config)
+        drops = getattr(config, "dropout", 0) or getattr(config, "attention_dropout", 0)
+        super().__init__(params, config, dropout_rate=drops, deterministic=deterministic, rngs=rngs)
 
-    def __init__(self, config: language_model.Config, *, deterministic: bool = False, rngs: nnx.Rngs):
-        super().__init__(config, deterministic=deterministic, rngs=rngs)
+    if TYPE_CHECKING:
 
-    @arguments.shown
+        def __getattr__(self, name: str) -> Any: ...  # the model's own parameters
+
     def __call__(
-        self,
-        tokens: Array,
-        *,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
-        **options: Unpack[language_model.Options],
+        self, *inputs: Array, deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Any
     ) -> Array:
-        """Logits [..., T, V] of tokens [..., T]; the options are those of `language_model.apply`."""
+        """What the model's `apply` gives for the inputs, with its options: the logits [..., T, V]."""
         dropout = self._dropout(deterministic, rngs)
-        return language_model.apply(functional(self), tokens, self.config, **dropout, **options)
+        return _functions(self.config).apply(functional(self), *inputs, self.config, **dropout, **options)
 
-    @arguments.shown
     def features(
-        self,
-        tokens: Array,
-        *,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
-        **options: Unpack[language_model.Options],
+        self, *inputs: Array, deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Any
     ) -> Array:
         """What the logits are computed from, [..., T, D]."""
         dropout = self._dropout(deterministic, rngs)
-        return language_model.features(functional(self), tokens, self.config, **dropout, **options)
-
-
-class Translator(_Adapter):
-    """`translator` as a module; `config.dropout` and `config.attention_dropout` apply unless `deterministic`.
-
-    Args:
-      config, deterministic, rngs: as in `MultiHeadAttention`.
-
-    >>> import jax.numpy as jnp
-    >>> config = translator.Config(d_model=16, num_heads=4, encoder_layers=2, decoder_layers=1, vocab_size=11)
-    >>> model = Translator(config, rngs=nnx.Rngs(0))
-    >>> model(jnp.ones((3, 7), int), jnp.ones((3, 5), int)).shape
-    (3, 5, 11)
-    """
-
-    functions = translator
-    embedding: Any  # embedding.tokens is an nnx.Param [V, D]
-    encoder: Any  # every leaf of encoder.layers is [L, ...]
-    decoder: Any
-
-    def __init__(self, config: translator.Config, *, deterministic: bool = False, rngs: nnx.Rngs):
-        super().__init__(config, deterministic=deterministic, rngs=rngs)
-
-    @arguments.shown
-    def __call__(
-        self, source: Array, target: Array, *,
-        deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Unpack[translator.Options],
-    ) -> Array:  # fmt: skip
-        """Logits [..., T, V] of sources [..., S], targets [..., T]; the options are those of `translator.apply`."""
-        dropout = self._dropout(deterministic, rngs)
-        return translator.apply(functional(self), source, target, self.config, **dropout, **options)
-
-    @arguments.shown
-    def features(
-        self, source: Array, target: Array, *,
-        deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Unpack[translator.Options],
-    ) -> Array:  # fmt: skip
-        """What the logits are computed from, [..., T, D]."""
-        dropout = self._dropout(deterministic, rngs)
-        return translator.features(functional(self), source, target, self.config, **dropout, **options)
+        return _functions(self.config).features(functional(self), *inputs, self.config, **dropout, **options)
 
 
 def attention_fn(
@@ -258,6 +209,15 @@ def attention_fn(
     if module is not None:
         module.sow(nnx.Intermediate, "attention_weights", weights.astype(query.dtype))
     return out
+
+
+def _functions(config: Any) -> ModuleType:
+    return arguments.home("nnx.Model", config, "init_params", "apply", "features")
+
+
+def _key(who: str, rngs: nnx.Rngs) -> Array:
+    arguments.instance(who, "rngs", rngs, nnx.Rngs, "nnx.Rngs(0)")
+    return rngs.params()
 
 
 def functional(module: Any) -> Any:

@@ -193,6 +193,12 @@ def features(params: Params, source: Array, target: Array, config: Config, **opt
     return _run(params, source, target, config, **options)[0]
 
 
+def logits(params: Params, features: Array, config: Config) -> Array:
+    """Of the token after every one of the target, float32 [..., T, V], from features [..., T, D]."""
+    del config  # the table is all that it takes; other models need more
+    return embedding.logits(params.embedding.tokens, features)
+
+
 def begin(
     params: Params, source: Array, capacity: int, config: Config, *, source_lengths: Array | None = None,
     gates: Mapping[str, Any] | None = None, interventions: Mapping[str, Intervention] | None = None,

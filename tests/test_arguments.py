@@ -230,12 +230,12 @@ MORE = {
         lambda p: nnx.MultiHeadAttention(CONFIGS["attention"], rngs=0), TypeError, ("flax.nnx", "write nnx.Rngs(0)")
     ),
     "config of another module, nnx": (
-        lambda p: nnx.LanguageModel(CONFIGS["attention"], rngs=flax_nnx.Rngs(0)), TypeError,
-        ("nnx.LanguageModel: config must be language_model.Config, got an attention.Config",),
+        lambda p: nnx.Model(CONFIGS["attention"], rngs=flax_nnx.Rngs(0)), TypeError,
+        ("nnx.Model: config must be the Config of a model", "got an attention.Config"),
     ),
     "config of another module, linen": (
-        lambda p: linen.LanguageModel(CONFIGS["attention"]).init(KEY, TOKENS), TypeError,
-        ("linen.LanguageModel: config must be language_model.Config, got an attention.Config",),
+        lambda p: linen.Model(CONFIGS["attention"]).init(KEY, TOKENS), TypeError,
+        ("linen.Model: config must be the Config of a model", "got an attention.Config"),
     ),
     "option of a module": (
         lambda p: nnx.MultiHeadAttention(CONFIGS["attention"], rngs=flax_nnx.Rngs(0))(X, msk=None), TypeError,

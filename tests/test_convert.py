@@ -293,6 +293,7 @@ def test_layers_that_are_stacked_convert_under_vmap(there, back):
     chex.assert_trees_all_equal(jax.vmap(lambda tree: there(tree)[0])(trees), stacked)
 
 
+@pytest.mark.slow
 def test_gradients_convert_as_parameters_do():
     with enable_x64():
         layer = linen(True)
@@ -303,7 +304,9 @@ def test_gradients_convert_as_parameters_do():
         chex.assert_trees_all_close(convert.from_linen(theirs)[0], ours, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("back", [convert.to_linen, convert.to_haiku, convert.to_equinox, convert.to_torch])
+@pytest.mark.parametrize(
+    "back", tiered([convert.to_linen, convert.to_haiku, convert.to_equinox, convert.to_torch], convert.to_torch)
+)
 def test_groups_are_refused_with_what_to_do_and_that_helps(back):
     config = Config(d_model=N * H, num_heads=N, num_kv_heads=K, use_bias=True)
     params = random_params(attention.init_params, config)

@@ -47,7 +47,7 @@ evaluate_every = 6
 checkpoint_every = 4
 average_decay = 0.9
 [decoding]
-beams = 2
+beams = 1
 batch = 14
 validation_sentences = 8
 """
@@ -160,9 +160,13 @@ def test_a_finished_run_is_reported_again_without_training(kind, request):
     assert json.loads(out) == result
 
 
-def test_lines_are_translated(finished):
+@pytest.mark.slow
+@pytest.mark.parametrize("beams", [1, 2])
+def test_lines_are_translated(finished, beams):
     _, run, _ = finished
-    status, out, _ = call("translate", run, stdin="the dog sees my cat .\n\n" + "my cat sleeps .\n" * 7)
+    status, out, _ = call(
+        "translate", run, "--beams", beams, stdin="the dog sees my cat .\n\n" + "my cat sleeps .\n" * 7
+    )
     assert status == 0
     lines = out.split("\n")
     assert len(lines) == 10 and lines[1] == "" and lines[9] == "" and len(set(lines[2:9])) == 1
@@ -170,9 +174,9 @@ def test_lines_are_translated(finished):
 
 
 def test_words_that_the_run_does_not_know_are_told(finished, monkeypatch):
-    from experiments import translation
+    from experiments import translating
 
-    monkeypatch.setattr(translation, "Translator", lambda *_: lambda params, lines, beams: ["translated"] * len(lines))
+    monkeypatch.setattr(translating, "Translator", lambda *_: lambda params, lines, beams: ["translated"] * len(lines))
     status, out, err = call("translate", finished[1], stdin="my cat sleeps .\nthe zebra sees a [unicorn] .\n")
     told = " ".join(err.split())
     assert (status, out) == (0, "translated\n" * 2)
@@ -218,7 +222,7 @@ def test_going_on_with_what_does_not_fit_is_refused_and_leaves_nothing(finished,
 def test_a_config_that_was_edited_in_the_run_folder_is_refused(finished, tmp_path):
     copy = shutil.copytree(finished[1], tmp_path / "copy")
     text = (copy / "config.toml").read_text()
-    (copy / "config.toml").write_text(text.replace("beams = 2", "beams = 1"))
+    (copy / "config.toml").write_text(text.replace("beams = 1", "beams = 2"))
     for command in ([copy], ["translate", copy]):
         status, _, err = call(*command)
         assert status == 2 and "config.toml" in err and "key=value" in err and "Traceback" not in err

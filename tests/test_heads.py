@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.config import LanguageModelling, Translation, Windows
 from experiments.data import corpora, vocabulary
-from experiments.heads import costs, examined, findings, gold, measure, numbers, of_text, report, roles, table
+from experiments.heads import costs, findings, gold, measure, numbers, of_pairs, of_text, report, roles, table
+from experiments.tables import Windows
 from mhajax import language_model, translator
 from mhajax.statistics import Measure
 
@@ -40,7 +40,7 @@ def shape(words):
 @pytest.fixture(scope="module")
 def model(corpus, words, shape):
     """A translator of two heads, on the grammar's sentences; all of them are one batch."""
-    return examined.of_translator(Translation(model=shape), corpus, words, SENTENCES)
+    return of_pairs.of_translator(shape, corpus.tests["test"][:SENTENCES], words, 50, corpus.gold["test"])
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +212,7 @@ def test_a_language_model_of_one_seed_has_a_report_too():
     text = "the cat sat on the mat and the dog sat on the log. " * 8
     words = vocabulary.train([text], vocabulary.Config(kind="characters"))
     shape = language_model.Config(d_model=8, num_heads=2, d_ff=8, num_layers=2, vocab_size=words.size)
-    config = LanguageModelling(
-        data=corpora.TextFile(path="unused"), model=shape, batches=Windows(size=4, length=12)
-    )  # fmt: skip
-    model = of_text.of_language_model(config, corpora.TextCorpus(text, text, {}), words, 7)
+    model = of_text.of_text(language_model, shape, of_text.held_out(text, words, Windows(size=4, length=12), 7))
     assert [model.rows(batch) for batch in model.batches] == [[0, 1, 2, 3], [0, 1, 2]]
     params = [language_model.init_params(jax.random.key(0), shape)]
     found = findings.examine(model, params, params, Console(quiet=True))

@@ -35,8 +35,8 @@ SOURCE = jax.random.randint(jax.random.key(4), (B, S), 0, V)
 
 CASES: dict[str, Any] = {
     "attention": (linen.MultiHeadAttention(ATTENTION), attention, (X, MEMORY)),
-    "language_model": (linen.LanguageModel(LM), language_model, (TARGET,)),
-    "translator": (linen.Translator(MT), translator, (SOURCE, TARGET)),
+    "language_model": (linen.Model(LM), language_model, (TARGET,)),
+    "translator": (linen.Model(MT), translator, (SOURCE, TARGET)),
 }
 each = pytest.mark.parametrize("module, functions, inputs", CASES.values(), ids=CASES)
 
@@ -76,7 +76,7 @@ def test_paths_and_heads():
     assert {name: leaf.shape for name, leaf in params.items()} == {
         "w_q": (N, D, H), "w_k": (K, D, H), "w_v": (K, D, HV), "w_o": (N, HV, D)
     }  # fmt: skip
-    params: Any = jax.eval_shape(linen.Translator(MT).init, jax.random.key(0), SOURCE, TARGET)["params"]
+    params: Any = jax.eval_shape(linen.Model(MT).init, jax.random.key(0), SOURCE, TARGET)["params"]
     assert params["encoder"]["layers"]["attention"]["w_q"].shape == (3, N, D, H)
     assert params["decoder"]["layers"]["cross"]["w_o"].shape == (2, N, HV, D)
     assert params["embedding"]["tokens"].shape == (V, D)
@@ -172,11 +172,11 @@ def test_options_of_the_models_pass_through(name, options):
 
 DROPS: dict[str, Any] = {
     "attention": (linen.MultiHeadAttention(ATTENTION, dropout_rate=0.5), (X,)),
-    "language_model": (linen.LanguageModel(replace(LM, dropout=0.5)), (TARGET,)),
+    "language_model": (linen.Model(replace(LM, dropout=0.5)), (TARGET,)),
     "attention of a language_model": (
-        linen.LanguageModel(replace(LM, attention_dropout=0.5)), (TARGET,),
+        linen.Model(replace(LM, attention_dropout=0.5)), (TARGET,),
     ),
-    "translator": (linen.Translator(replace(MT, dropout=0.5)), (SOURCE, TARGET)),
+    "translator": (linen.Model(replace(MT, dropout=0.5)), (SOURCE, TARGET)),
 }  # fmt: skip
 
 
@@ -229,10 +229,10 @@ def test_parameters_of_another_config_are_refused():
 
     deeper = numbers(language_model, replace(LM, num_layers=3))
     with pytest.raises(ScopeParamShapeError, match="stack"):
-        linen.LanguageModel(LM).apply({"params": to_dict(deeper)}, TARGET)
+        linen.Model(LM).apply({"params": to_dict(deeper)}, TARGET)
     ungated = numbers(language_model, replace(LM, activation="gelu_tanh"))
     with pytest.raises(ValueError, match=r"stack\.layers\.mlp must hold .*w_gate"):
-        linen.functional(linen.LanguageModel(LM), to_dict(ungated))
+        linen.functional(linen.Model(LM), to_dict(ungated))
 
 
 class Sandwich(nn.Module):
@@ -250,7 +250,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, train=False):
-        x = linen.LanguageModel(LM, name="model").features(tokens, deterministic=not train)
+        x = linen.Model(LM, name="model").features(tokens, deterministic=not train)
         return nn.Dense(3)(x)
 
 

@@ -36,9 +36,10 @@ SOURCE = jax.random.randint(jax.random.key(4), (B, S), 0, V)
 
 CASES: dict[str, Any] = {
     "attention": (modules.MultiHeadAttention, ATTENTION, (X, MEMORY)),
-    "language_model": (modules.LanguageModel, LM, (TARGET,)),
-    "translator": (modules.Translator, MT, (SOURCE, TARGET)),
+    "language_model": (modules.Model, LM, (TARGET,)),
+    "translator": (modules.Model, MT, (SOURCE, TARGET)),
 }
+FUNCTIONS: dict[type, Any] = {module.Config: module for module in (attention, language_model, translator)}
 each = pytest.mark.parametrize("kind, config, inputs", CASES.values(), ids=CASES)
 
 
@@ -69,7 +70,7 @@ def quick_init(monkeypatch):
 def shapes(kind, config):
     """The module as a function of its parameters, and the parameters without numbers: all that tracing needs."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
-    params = jax.eval_shape(lambda: kind.functions.init_params(jax.random.key(0), config))
+    params = jax.eval_shape(lambda: FUNCTIONS[type(config)].init_params(jax.random.key(0), config))
     return lambda params: nnx.merge(graph, nnx.State(to_dict(params))), params
 
 
@@ -86,8 +87,8 @@ def test_init_makes_the_functions_parameters(kind, config, inputs):
         assert all(isinstance(leaf, nnx.Param) for _, leaf in nnx.to_flat_state(nnx.state(module)))
         return modules.functional(module)
 
-    assert type(jax.eval_shape(made)) is kind.functions.Params
-    assert program(made) == program(lambda: kind.functions.init_params(nnx.Rngs(3).params(), config))
+    assert type(jax.eval_shape(made)) is FUNCTIONS[type(config)].Params
+    assert program(made) == program(lambda: FUNCTIONS[type(config)].init_params(nnx.Rngs(3).params(), config))
 
 
 @pytest.mark.slow
@@ -95,7 +96,7 @@ def test_paths_and_heads():
     assert paths(modules.MultiHeadAttention(ATTENTION, rngs=nnx.Rngs(0))) == {
         "w_q": (N, D, H), "w_k": (K, D, H), "w_v": (K, D, HV), "w_o": (N, HV, D)
     }  # fmt: skip
-    found = paths(nnx.eval_shape(lambda: modules.Translator(MT, rngs=nnx.Rngs(0))))
+    found = paths(nnx.eval_shape(lambda: modules.Model(MT, rngs=nnx.Rngs(0))))
     assert found["encoder/layers/attention/w_q"] == (3, N, D, H)
     assert found["decoder/layers/cross/w_o"] == (2, N, HV, D)
     assert found["embedding/tokens"] == (V, D)
@@ -104,7 +105,7 @@ def test_paths_and_heads():
 @each
 def test_same_program(kind, config, inputs):
     bind, params = shapes(kind, config)
-    by_function = lambda params: call(kind.functions, params, inputs, config)  # noqa: E731
+    by_function = lambda params: call(FUNCTIONS[type(config)], params, inputs, config)  # noqa: E731
     assert program(lambda params: bind(params)(*inputs), params) == program(by_function, params)
 
 
@@ -113,7 +114,7 @@ def test_same_program(kind, config, inputs):
 def test_same_numbers_and_gradients(name):
     kind, config, inputs = CASES[name]
     module = kind(config, rngs=nnx.Rngs(0))
-    by_function = lambda params: jnp.sum(jnp.sin(call(kind.functions, params, inputs, config)))  # noqa: E731
+    by_function = lambda params: jnp.sum(jnp.sin(call(FUNCTIONS[type(config)], params, inputs, config)))  # noqa: E731
 
     @nnx.jit
     def both(module, params):
@@ -141,7 +142,7 @@ def test_round_trips(kind, config, inputs):
 
 @pytest.mark.usefixtures("quick_init")
 def test_a_part_of_a_model_is_functional_too():
-    model = modules.LanguageModel(LM, rngs=nnx.Rngs(0))
+    model = modules.Model(LM, rngs=nnx.Rngs(0))
     part = modules.functional(model.stack.layers.attention)
     assert isinstance(part, attention.Params)
     chex.assert_trees_all_equal(part, modules.functional(model).stack.layers.attention)
@@ -162,7 +163,7 @@ def test_tied_and_frozen_parameters():
 def test_features(name):
     kind, config, inputs = CASES[name]
     bind, params = shapes(kind, config)
-    by_function = lambda params: kind.functions.features(params, *inputs, config)  # noqa: E731
+    by_function = lambda params: FUNCTIONS[type(config)].features(params, *inputs, config)  # noqa: E731
     assert program(lambda params: bind(params).features(*inputs), params) == program(by_function, params)
 
 
@@ -182,7 +183,9 @@ def test_options_pass_through(name, options):
     kind, config, inputs = CASES[name]
     bind, params = shapes(kind, config)
     with_options = program(lambda params: bind(params)(*inputs, **options), params)
-    assert with_options == program(lambda params: call(kind.functions, params, inputs, config, **options), params)
+    assert with_options == program(
+        lambda params: call(FUNCTIONS[type(config)], params, inputs, config, **options), params
+    )
     assert with_options != program(lambda params: bind(params)(*inputs), params)
 
 
@@ -201,9 +204,9 @@ LM_DROPS_WEIGHTS = replace(LM, attention_dropout=0.5)
 MT_DROPS = replace(MT, dropout=0.5)
 DROPS: dict[str, Any] = {
     "attention": (lambda rngs: modules.MultiHeadAttention(ATTENTION, dropout_rate=0.5, rngs=rngs), (X,)),
-    "language_model": (lambda rngs: modules.LanguageModel(LM_DROPS, rngs=rngs), (TARGET,)),
-    "attention of a language_model": (lambda rngs: modules.LanguageModel(LM_DROPS_WEIGHTS, rngs=rngs), (TARGET,)),
-    "translator": (lambda rngs: modules.Translator(MT_DROPS, rngs=rngs), (SOURCE, TARGET)),
+    "language_model": (lambda rngs: modules.Model(LM_DROPS, rngs=rngs), (TARGET,)),
+    "attention of a language_model": (lambda rngs: modules.Model(LM_DROPS_WEIGHTS, rngs=rngs), (TARGET,)),
+    "translator": (lambda rngs: modules.Model(MT_DROPS, rngs=rngs), (SOURCE, TARGET)),
 }
 
 
@@ -228,7 +231,9 @@ def test_dropout_takes_its_stream(make, inputs):
 
 
 def call_plain(module, inputs):
-    return jax.jit(lambda params: module.functions.apply(params, *inputs, module.config))(modules.functional(module))
+    return jax.jit(lambda params: FUNCTIONS[type(module.config)].apply(params, *inputs, module.config))(
+        modules.functional(module)
+    )
 
 
 @pytest.mark.slow
@@ -286,7 +291,7 @@ class Classifier(nnx.Module):
     """A user's model around a whole language model."""
 
     def __init__(self, rngs):
-        self.model = modules.LanguageModel(LM, rngs=rngs)
+        self.model = modules.Model(LM, rngs=rngs)
         self.after = nnx.Linear(D, 3, rngs=rngs)
 
     def __call__(self, tokens):

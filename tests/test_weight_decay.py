@@ -49,7 +49,7 @@ def test_of_a_language_model(layers):
 def test_of_a_translator_and_of_its_flax_module():
     config = translator.Config(encoder_layers=2, decoder_layers=2, **SHAPE)  # pyright: ignore
     token = jnp.zeros((1, 1), jnp.int32)
-    module = jax.eval_shape(lambda: linen.Translator(config).init(jax.random.key(0), token, token)["params"])
+    module = jax.eval_shape(lambda: linen.Model(config).init(jax.random.key(0), token, token)["params"])
     params = jax.eval_shape(lambda: translator.init_params(jax.random.key(0), config))
     (encoder, spared), (decoder, also) = of_stack("encoder", cross=False), of_stack("decoder", cross=True)
     for tree in (params, module):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import tiered
 
 from experiments.data import fetch, word_senses
 from experiments.data.word_senses import CoarseWSD, Sentence, Word
@@ -139,7 +140,7 @@ def test_the_classifier_takes_the_nearest_sense_and_says_nothing_of_a_constant()
     assert (classifier.answers(np.asarray(classifier.scores(own, jnp.asarray(same))), 2) == 2).all()
 
 
-@pytest.mark.parametrize("kind", ["encoder", "language model"])
+@pytest.mark.parametrize("kind", tiered(["encoder", "language model"], "language model"))
 def test_removed_heads_and_attention_are_those_of_the_whole_model(kind):
     loaded = random_model(kind)
     causal = kind != "encoder"

@@ -206,6 +206,14 @@ def _(data: Shakespeare) -> TextCorpus:
 
 
 @text.register
+def _(data: Grammar) -> TextCorpus:
+    """The sentences that a translator would read, one a line."""
+    pairs = parallel(data)
+    train, validation = ("\n".join(source for source, _ in part) for part in (pairs.train, pairs.validation))
+    return TextCorpus(train, validation, {name: pairs.hashes[name] for name in ("train", "validation")})
+
+
+@text.register
 def _(data: TextFile) -> TextCorpus:
     whole = files.read_text(data.path)
     cut = round(len(whole) * (1 - data.validation_share))

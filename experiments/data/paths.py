@@ -15,11 +15,12 @@ _FOLDERS = {"root"}  # of a public data set; whether it is there, and how to get
 Data = TypeVar("Data")
 
 
-def absolute(data: Data, folder: Path, overrides: Sequence[str] = ()) -> Data:
-    """The table [data] with absolute paths.
+def absolute(table: str, data: Data, folder: Path, overrides: Sequence[str] = ()) -> Data:
+    """A table that names files, with absolute paths.
 
     Args:
-      data: one of the dataclasses of `corpora`.
+      table: its name.
+      data: its dataclass, such as those of `corpora`.
       folder: of the config file; a relative path of the file is looked for here first, then in the current folder.
       overrides: as on the command line; a path that stands there is looked for in the current folder first.
 
@@ -32,13 +33,13 @@ def absolute(data: Data, folder: Path, overrides: Sequence[str] = ()) -> Data:
         if value is None or name not in _FILES | _FOLDERS or Path(value).expanduser().is_absolute():
             continue
         here, there = Path.cwd(), folder.absolute()
-        places = (here, there) if typed & {f"data.{name}", "data"} else (there, here)
+        places = (here, there) if typed & {f"{table}.{name}", table} else (there, here)
         candidates = list(dict.fromkeys(place / value for place in places))
         there_are = [path for path in candidates if _exists(path)]
         if there_are:
             found[name] = str(there_are[0])
         elif name in _FILES:
-            raise DataError(_missing(name, value, candidates))
+            raise DataError(_missing(f"{table}.{name}", value, candidates))
     return dataclasses.replace(data, **found)  # pyright: ignore[reportArgumentType]
 
 
@@ -60,4 +61,4 @@ def _missing(name: str, value: str, candidates: list[Path]) -> str:
     ]
     hint = f"Did you mean {near[0]}?" if near else "Give an absolute path, or one relative to the config file."
     shown = value if len(value) <= 200 else f"{value[:197]}..."
-    return f"data.{name} = {toml.literal(shown)}: there is no such file in {folders}. {hint}"
+    return f"{name} = {toml.literal(shown)}: there is no such file in {folders}. {hint}"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # tokenizers is imported where it is used: the ids below are 
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+MASK_TOKEN = "<mask>"  # only where it is asked for, as the last entry
 WORD_START = "▁"
 
 _BYTES = 256
@@ -55,12 +56,20 @@ class Vocabulary:
     def __init__(self, tokenizer: "Tokenizer", kind: str):
         self.kind = kind
         self._tokenizer = tokenizer
+        last = tokenizer.get_vocab_size(with_added_tokens=True) - 1
+        special = last in tokenizer.get_added_tokens_decoder() and tokenizer.id_to_token(last) == MASK_TOKEN
+        self._mask = last if special else None
         tokenizer.encode_special_tokens = True  # a "<eos>" in the text is text; not kept in tokenizer.json
 
     @property
     def size(self) -> int:
         """V, the number of entries: ids are 0 ... V - 1."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def mask(self) -> int | None:
+        """The id of the token that hides others; None if the vocabulary was made without."""
+        return self._mask
 
     @property
     def unit(self) -> str:
@@ -141,19 +150,20 @@ class Vocabulary:
     def _piece(self, id: int) -> str:
         token = self._tokenizer.id_to_token(id)
         assert token is not None
-        if id <= UNK:
+        if id <= UNK or id == self.mask:
             return token
         if self.kind == "bpe":
             token = bytes(_BYTE_OF_SYMBOL[symbol] for symbol in token).decode("utf-8", errors="backslashreplace")
         return "".join(WORD_START if c == " " else c if c.isprintable() else ascii(c)[1:-1] for c in token)
 
 
-def train(texts: Iterable[str], config: Config) -> Vocabulary:
+def train(texts: Iterable[str], config: Config, *, mask: bool = False) -> Vocabulary:
     """Learns a vocabulary: the same texts in the same order give the same vocabulary, in every process.
 
     Args:
         texts: Sentences or whole documents.
         config: Kind and size.
+        mask: Add a token that hides others, beyond `config.size`; no text has it.
 
     Returns:
         The vocabulary.
@@ -177,6 +187,8 @@ def train(texts: Iterable[str], config: Config) -> Vocabulary:
         tokenizer = _train_characters(texts)
     else:
         raise ValueError(f"vocabulary.kind must be 'bpe', 'words' or 'characters', got {config.kind!r}.")
+    if mask:
+        tokenizer.add_special_tokens([MASK_TOKEN])
     return Vocabulary(tokenizer, config.kind)
 
 
@@ -226,13 +238,15 @@ def _problem(tokenizer: "Tokenizer") -> str | None:
     return None if all(encoding.ids for encoding in ids) else "it loses text"
 
 
-def load_or_train(path: str | os.PathLike[str], texts: Iterable[str], config: Config) -> Vocabulary:
-    """The vocabulary at `path`; if there is none, one made from the texts, which is saved there first."""
+def load_or_train(
+    path: str | os.PathLike[str], texts: Iterable[str], config: Config, *, mask: bool = False
+) -> Vocabulary:
+    """The vocabulary at `path`; if there is none, one made from the texts as by `train`, which is saved there first."""
     path = Path(path)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")  # a file that is there is whole
-        train(texts, config).save(part)
+        train(texts, config, mask=mask).save(part)
         part.replace(path)
     return load(path)
 
@@ -281,7 +295,7 @@ def _train_words(texts: list[str]) -> "Tokenizer":
     splitter = pre_tokenizers.WhitespaceSplit()
     counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
     frequent_first = sorted(counts, key=lambda word: (-counts[word], word))
-    tokenizer = _lookup_table(word for word in frequent_first if word not in SPECIAL_TOKENS)
+    tokenizer = _lookup_table(word for word in frequent_first if word not in (*SPECIAL_TOKENS, MASK_TOKEN))
     tokenizer.pre_tokenizer = splitter
     return tokenizer
 

@@ -1,7 +1,8 @@
 """What the heads of a trained run do, measured: `python -m experiments heads RUN`.
 
-examined.py   what the measures need of a translator, and its held-out sentences
-of_text.py    the same of a language model, or of an encoder
+examined.py   what the measures need of a model, and its held-out sentences
+of_pairs.py   that of a translator
+of_text.py    that of a language model, or of an encoder
 pretrained.py the same of a model from a file or a folder, on any text
 gold.py       what the grammar knows: the keys that a head should look at
 measure.py    where every head looks, sentence by sentence

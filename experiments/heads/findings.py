@@ -54,6 +54,8 @@ class Findings(NamedTuple):
       heads: kind → measure → [seeds, L, N], each head by itself, over sentences.
       layers: kind → measure → [L], the mean over the heads of a layer, over seeds and sentences.
       untrained: kind → measure → [L], the value before training.
+      best: kind → measure → the head of each seed that looks there most, chosen on one half of the sentences and
+        reported on the other.
       relations: what the gold was asked.
       relations_of_heads: (relation, part) → [seeds, L, N].
       alignment: reading → the alignment error rate of the best head of each seed (lower is better), chosen on the other
@@ -73,6 +75,7 @@ class Findings(NamedTuple):
     heads: dict[str, dict[str, Measure]]
     layers: dict[str, dict[str, Measure]]
     untrained: dict[str, dict[str, Measure]]
+    best: dict[str, dict[str, Report]]
     relations: list[Relation]
     relations_of_heads: dict[Asked, Measure]
     alignment: dict[str, dict[str, Measure]]
@@ -146,6 +149,10 @@ def _findings(model: Examined, seen: list[Looks], before: list[Looks], worth: li
         heads=_each(_of_heads, measures),
         layers=_each(_of_layers, measures),
         untrained=_each(_of_layers, early),
+        best={
+            kind: {name: _best_head(_whole(tally)) for name, tally in of.items() if name not in measure.SPREAD}
+            for kind, of in measures.items()
+        },
         relations=_relations(model, relations, _stacked([look.relations for look in before])),
         relations_of_heads=_each(_of_heads, relations),
         alignment=_error_rates(_stacked([look.agreement for look in seen])),

@@ -23,6 +23,19 @@ from mhajax.statistics import Tally
 Tallies = dict[str, dict[str, Tally]]  # kind of attention → measure → [sentences, L, N]
 
 
+# Where a head looks, for what share of its attention: a row is in the report, with the head that does it most, and in
+# heads.json of every head. The functions take weights [L, B, N, T, S], visible keys [1, B, 1, T, S] and, in a text that
+# attends to itself, its tokens [B, 1, T]; they give a Tally whose parts broadcast to [L, B, N].
+MEASURES: dict[str, Callable[[Array, Array], Tally]] = {"first token": roles.sink}
+MEASURES_OF_TEXT: dict[str, Callable[[Array, Array, Array], Tally]] = {
+    "previous token": lambda weights, keys, ids: roles.previous_token(weights, keys),
+    "itself": lambda weights, keys, ids: roles.offset(weights, keys, 0),
+    "next token": lambda weights, keys, ids: roles.offset(weights, keys, 1),
+    "same word before": roles.duplicate_token,
+    "after the same word": roles.induction,
+}
+SPREAD = ("distance", "entropy")  # how far and how widely: the measures that are no share
+
 Asked = tuple[str, str]  # key of a relation, and a part of it by distance; "" is all of it
 
 
@@ -155,16 +168,10 @@ def _spread(weights: Array, visible: Array) -> dict[str, Tally]:
 def _measures(weights: Array, visible: Array, tokens: tuple[Array, Array], *, own: bool) -> dict[str, Tally]:
     """What needs no gold, [L, B, N] each; `own` is the attention of a text to itself."""
     keys = visible[None, :, None]
-    found = {"first token": roles.sink(weights, keys)}
+    found = {name: of(weights, keys) for name, of in MEASURES.items()}
     if own:
         ids = tokens[0][:, None]  # [B, 1, T]
-        found |= {
-            "previous token": roles.previous_token(weights, keys),
-            "itself": roles.offset(weights, keys, 0),
-            "next token": roles.offset(weights, keys, 1),
-            "same word before": roles.duplicate_token(weights, keys, ids),
-            "after the same word": roles.induction(weights, keys, ids),
-        }
+        found |= {name: of(weights, keys, ids) for name, of in MEASURES_OF_TEXT.items()}
     found = {name: _whole(tally, weights.shape[:3]) for name, tally in found.items()}
     return {**_spread(weights, visible), **found}
 

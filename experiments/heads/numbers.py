@@ -16,8 +16,8 @@ def as_json(model: Examined, found: Findings, seeds: int) -> dict[str, Any]:
     """Everything in `Findings` but the similarities of heads.
 
     Returns:
-      "heads": a row for each head of each seed, with its role and measures; "relations", "layers", "needed",
-      "removable", "pruned", "stability", "differences": over the seeds. A measure is {"value", "low", "high",
+      "heads": a row for each head of each seed, with its role and measures; "relations", "layers", "best_heads",
+      "needed", "removable", "pruned", "stability", "differences": over the seeds. A measure is {"value", "low", "high",
       "baseline"}; null is a number that could not be had, such as an interval from one seed.
     """
     return {
@@ -40,6 +40,12 @@ def as_json(model: Examined, found: Findings, seeds: int) -> dict[str, Any]:
         "removable": {f"{share:.0%}": measure(one) for share, one in found.removable.items()},
         "pruned": {order: _list(one) for order, one in found.pruned.items()},
         "layers": {kind: {name: _list(one) for name, one in of.items()} for kind, of in found.layers.items()},
+        "best_heads": {
+            kind: {
+                name: {**measure(one.best), "chosen": _places(one.chosen, model, kind)} for name, one in of.items()
+            }
+            for kind, of in found.best.items()
+        },
         "differences": {kind: {name: _list(one) for name, one in of.items()} for kind, of in found.differences.items()},
         "stability": {
             kind: {

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax import Array
 
-from experiments.config import LanguageModelling
-from experiments.data import batches, corpora
+from experiments import tables
+from experiments.data import batches
 from experiments.data.vocabulary import Vocabulary
+from experiments.errors import DataError
 from experiments.heads.examined import Examined, Kind, Sentence, Words, nats
-from mhajax import encoder, language_model
 from mhajax.heads import ablation
 
+FEWEST = 4  # windows: two to choose heads on, two to report
 HIDDEN = 0.15  # of the tokens, for an encoder (Devlin et al. 2019, section 3.1)
 
 
@@ -62,36 +62,52 @@ class Text(NamedTuple):
     origin: str
 
 
-def of_language_model(
-    config: LanguageModelling, corpus: corpora.TextCorpus, words: Vocabulary, sentences: int
-) -> Examined:
-    """A language model that was trained here, on the first windows of its validation text."""
-    shape, length = replace(config.model, vocab_size=words.size), config.batches.length
-    ids = np.asarray(words.encode(corpus.validation), np.int32)[: sentences * length + 1]
+def held_out(validation: str, words: Vocabulary, windows: tables.Windows, count: int) -> Text:
+    """The first windows of the validation text of a run.
+
+    Raises:
+      DataError: there are too few for intervals.
+    """
+    ids = np.asarray(words.encode(validation), np.int32)[: count * windows.length + 1]
+    check_room(len(ids), windows.length)
     origin = "windows of the validation text, which was not trained on, but whose loss chose the best parameters"
-    text = Text(ids, length, config.batches.size, words.unit, words.pieces, words.decode, origin)
-    return of_text(language_model, shape, text)
+    return Text(ids, windows.length, windows.size, words.unit, words.pieces, words.decode, origin)
 
 
-def of_text(model: ModuleType, shape: Any, text: Text, hidden: int = 0) -> Examined:
+def check_room(tokens: int, length: int) -> None:
+    """Raise a DataError unless a text has windows enough for a report about heads."""
+    if tokens - 1 <= (FEWEST - 1) * length:
+        raise DataError(
+            f"heads: a report needs {FEWEST} windows of text, got {max(tokens - 1, 0):,} held-out tokens in windows of "
+            f"{length}; give more text, or shorter windows (batches.length of a config)."
+        )
+
+
+def hidden_places(number: int, length: int, rate: float = HIDDEN) -> np.ndarray:
+    """Which tokens of a window are hidden, bool [length]: the same ones whoever asks."""
+    return np.random.default_rng(max(number, 0)).random(length) < rate
+
+
+def of_text(model: ModuleType, shape: Any, text: Text, hidden: int | None = None) -> Examined:
     """Any model of one stack that predicts tokens.
 
     Args:
-      model: `mhajax.language_model`, whose heads see what comes before, or `mhajax.encoder`, whose heads see all.
+      model: `mhajax.language_model`, `mhajax.encoder`, or another module with their functions.
       shape: its config.
       text: what it reads.
-      hidden: the token that stands for a hidden one, of an encoder, which predicts those.
+      hidden: the token that stands for a hidden one, of a model whose heads see all and which predicts those; None: its
+        heads see what comes before, and it predicts what comes next.
     """
-    causal, length, rows = model is language_model, text.length, text.rows
+    causal, length, rows = hidden is None, text.length, text.rows
     held_out = []
     for batch in batches.windows(text.ids, batch_size=rows, length=length):
         number = np.arange(rows) + len(held_out) * rows
         index = np.where(batch.lengths > 0, number, batches.FILLER)
         tokens, there = batch.tokens[:, :-1], np.arange(length) < batch.lengths[:, None]
-        if causal:
+        if hidden is None:
             held_out.append(Windows(tokens, tokens, batch.tokens[:, 1:], there, batch.lengths, index))
         else:
-            chosen = there & np.stack([np.random.default_rng(int(n)).random(length) < HIDDEN for n in number])
+            chosen = there & np.stack([hidden_places(int(n), length) for n in number])
             read = np.where(chosen, hidden, tokens)
             held_out.append(Windows(tokens, read, tokens, chosen, batch.lengths, index))
 
@@ -107,10 +123,7 @@ def of_text(model: ModuleType, shape: Any, text: Text, hidden: int = 0) -> Exami
 
     def surprise(params: Any, features: Array, batch: Windows) -> Array:
         wanted: Any = batch.wanted
-        if causal:
-            return nats(params.table, features, wanted)
-        x = encoder.head_features(params, features, shape)
-        return nats(params.embedding.tokens, x, wanted, params.head.output_bias)
+        return nats(model.logits(params, features, shape), wanted)
 
     def capture(params: Any, batch: Windows, names: Sequence[str]):
         return {"self": model.apply_captured(params, batch.tokens, shape, capture=names, **options(batch))[1].attention}

@@ -54,6 +54,7 @@ def examine(
     if tokenizer is None:
         raise DataError(f"{name}: there is no tokenizer beside the model; heads reads a text.")
     ids = np.asarray(tokenizer.encode(content[: 16 * windows * length], add_special_tokens=False).ids, np.int32)
+    of_text.check_room(len(ids), length)
     read = of_text.Text(
         ids[: windows * length + 1], length, ROWS, "token",
         lambda some: [tokenizer.decode([one]) for one in some], tokenizer.decode,
@@ -77,10 +78,10 @@ def examine(
     return measured
 
 
-def _hidden(name: str, loaded: Pretrained) -> int:
+def _hidden(name: str, loaded: Pretrained) -> int | None:
     """The token that hides others, of an encoder."""
     if loaded.model is not encoder:
-        return 0
+        return None
     if loaded.params.head is None:
         raise UserError(
             f"{name}: this encoder has no head that predicts tokens, so there is no loss to lose; its attention is "

@@ -42,6 +42,7 @@ def make(model: Examined, found: Findings, trained: Sequence[Any], name: str, sh
     if found.alignment:
         _alignment(page, model, found, trained[0], drawings, seeds)
     _near_and_far(page, model, found, drawings, seeds)
+    _places(page, found)
     _lost(page, model, found, of_seed, drawings)
     _pruned(page, model, found, drawings, heads, seeds)
     if found.stability:
@@ -195,6 +196,20 @@ def _near_and_far(page: Page, model: Examined, found: Findings, drawings: Drawin
         rows,
         caption=f"Means over the heads of a layer, {_seeds(seeds)} and {model.sequence}s; baseline: uniform attention.",
     )  # fmt: skip
+
+
+def _places(page: Page, found: Findings) -> None:
+    section = page.section("Where heads look")
+    section.text(
+        "For each place, the share of its attention that the head gives it that does so most, chosen on one half of "
+        "the sentences and measured on the other. The baseline is uniform attention to the same keys."
+    )
+    rows = [
+        [f"{_ACROSS[kind]}: {name}", _scalar(report.best)]
+        for kind, of in found.best.items()
+        for name, report in of.items()
+    ]
+    section.table(["place", Column("best head", ".0%")], rows, caption="The head that looks there most.")
 
 
 def _lost(

@@ -2,9 +2,11 @@
 
 from types import ModuleType
 
-from experiments.studies import lm_heads, syntax, word_sense
-from experiments.studies.study import Answer, Verdict, run
+from experiments.studies import lm_heads, sweep, syntax, word_sense
+from experiments.studies.study import Answer, Train, Verdict, run
 
-STUDIES: dict[str, ModuleType] = {"lm_heads": lm_heads, "syntax": syntax, "word_sense": word_sense}
+STUDIES: dict[str, ModuleType] = {
+    "lm_heads": lm_heads, "sweep": sweep, "syntax": syntax, "word_sense": word_sense
+}  # fmt: skip
 
-__all__ = ["STUDIES", "Answer", "Verdict", "run"]
+__all__ = ["STUDIES", "Answer", "Train", "Verdict", "run"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from rich.console import Console
 
@@ -51,7 +52,19 @@ class Answer(NamedTuple):
     drawings: dict[str, Drawing]
 
 
-def run(study: ModuleType, config: Any, folder: Path, console: Console) -> dict[str, Any]:
+class Train(Protocol):
+    """How a study trains: every arm is a run of its own, and one that is finished is not trained again."""
+
+    def __call__(self, path: str, lines: Sequence[str], name: str) -> dict[str, Any]:
+        """The result of a config with other values; `name` is for whoever watches."""
+        ...
+
+    def check(self, path: str, lines: Sequence[str]) -> None:
+        """Raise a ConfigError or DataError unless this is the config of a training."""
+        ...
+
+
+def run(study: ModuleType, config: Any, folder: Path, console: Console, train: Train) -> dict[str, Any]:
     """Answer the question of a config, and write config, environment, figures, report and result to its folder.
 
     A study that has a result is shown again; delete result.json to have it measured anew.
@@ -61,6 +74,7 @@ def run(study: ModuleType, config: Any, folder: Path, console: Console) -> dict[
       config: its Config.
       folder: of the run, which is this process's.
       console: where a person reads.
+      train: how it trains, if it does.
 
     Returns:
       What stands in result.json.
@@ -85,7 +99,7 @@ def run(study: ModuleType, config: Any, folder: Path, console: Console) -> dict[
     write(folder / CONFIG, text)
     write(folder / ENVIRONMENT, json.dumps(environment.describe(hashes, folder), indent=2) + "\n")
     began = time.perf_counter()
-    answer: Answer = study.answer(config)
+    answer: Answer = study.answer(config, train)
     for name, drawing in answer.drawings.items():
         figures.save(drawing, folder / "figures" / name)
     answer.page.save(folder / REPORT)

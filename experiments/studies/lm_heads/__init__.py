@@ -27,7 +27,7 @@ from typing import Literal
 
 from experiments.data import fetch, files
 from experiments.studies import models
-from experiments.studies.study import Answer
+from experiments.studies.study import Answer, Train
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def hashes(config: Config) -> dict[str, str]:
     return found | {name: files.sha256(folder / name) for name in BLIMP}
 
 
-def answer(config: Config) -> Answer:
+def answer(config: Config, train: Train | None = None) -> Answer:
     """Measure, decide, and write the page."""
     from experiments.studies.lm_heads import measures, report
 

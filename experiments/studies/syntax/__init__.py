@@ -37,7 +37,7 @@ from experiments.data import dependencies, files
 from experiments.data.dependencies import Language, Treebanks
 from experiments.errors import DataError
 from experiments.studies import models
-from experiments.studies.study import Answer
+from experiments.studies.study import Answer, Train
 from experiments.studies.syntax import counts, findings, report, words
 from experiments.studies.syntax.report import Examined
 from mhajax import language_model
@@ -122,7 +122,7 @@ def hashes(config: Config) -> dict[str, str]:
     return {path.name: files.sha256(path) for path in paths} | weights
 
 
-def answer(config: Config) -> Answer:
+def answer(config: Config, train: Train | None = None) -> Answer:
     """Ask every head of every arm.
 
     Raises:

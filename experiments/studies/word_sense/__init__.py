@@ -44,7 +44,7 @@ from typing import Literal
 
 from experiments.data import word_senses
 from experiments.studies import models as pretrained
-from experiments.studies.study import Answer
+from experiments.studies.study import Answer, Train
 from experiments.studies.word_sense import findings, measure, report
 
 
@@ -109,7 +109,7 @@ def hashes(config: Config) -> dict[str, str]:
     return word_senses.hashes(config.data) | {name: pretrained.digest(name) for name in config.models}
 
 
-def answer(config: Config) -> Answer:
+def answer(config: Config, train: Train | None = None) -> Answer:
     """Measure every model, and judge it by the rules above."""
     words = word_senses.read(config.data)
     found = {}
