@@ -83,6 +83,14 @@ class CommonOptions(TypedDict, total=False):
     dropout_key: Array | None
 
 
+class ModelOptions(CommonOptions, total=False):
+    """The keywords of the models here; each takes those that its own `apply` names, and refuses the others."""
+
+    positions: Array | None
+    types: Array | None
+    source_lengths: Array | None
+
+
 class Options(CommonOptions, total=False):
     """All keywords of `apply`."""
 

@@ -19,6 +19,7 @@ from flax.linen import dtypes
 from jax import Array
 
 from mhajax import arguments, attention, drop_in
+from mhajax.block import ModelOptions
 from mhajax.options import LayerOptions
 from mhajax.tree import from_dict, to_dict
 
@@ -89,12 +90,14 @@ class Model(nn.Module):
     def setup(self) -> None:
         self.functional_params = _params(self)
 
-    def __call__(self, *inputs: Array, deterministic: bool = True, **options: Any) -> Array:
+    @arguments.shown
+    def __call__(self, *inputs: Array, deterministic: bool = True, **options: Unpack[ModelOptions]) -> Array:
         """What the model's `apply` gives for the inputs, with its options: the logits [..., T, V]."""
         dropout = _dropout(self, deterministic)
         return self.functions.apply(self.functional_params, *inputs, self.config, **dropout, **options)
 
-    def features(self, *inputs: Array, deterministic: bool = True, **options: Any) -> Array:
+    @arguments.shown
+    def features(self, *inputs: Array, deterministic: bool = True, **options: Unpack[ModelOptions]) -> Array:
         """What the logits are computed from, [..., T, D]."""
         dropout = _dropout(self, deterministic)
         return self.functions.features(self.functional_params, *inputs, self.config, **dropout, **options)

@@ -20,6 +20,7 @@ from flax.nnx.nn import dtypes
 from jax import Array
 
 from mhajax import arguments, attention, drop_in
+from mhajax.block import ModelOptions
 from mhajax.options import LayerOptions
 
 
@@ -130,15 +131,25 @@ class Model(_Adapter):
 
         def __getattr__(self, name: str) -> Any: ...  # the model's own parameters
 
+    @arguments.shown
     def __call__(
-        self, *inputs: Array, deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Any
+        self,
+        *inputs: Array,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+        **options: Unpack[ModelOptions],
     ) -> Array:
         """What the model's `apply` gives for the inputs, with its options: the logits [..., T, V]."""
         dropout = self._dropout(deterministic, rngs)
         return _functions(self.config).apply(functional(self), *inputs, self.config, **dropout, **options)
 
+    @arguments.shown
     def features(
-        self, *inputs: Array, deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **options: Any
+        self,
+        *inputs: Array,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+        **options: Unpack[ModelOptions],
     ) -> Array:
         """What the logits are computed from, [..., T, D]."""
         dropout = self._dropout(deterministic, rngs)

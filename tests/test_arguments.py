@@ -279,7 +279,7 @@ SHOWN = {
     **{
         f"{module.__name__}.{name}.{method}": getattr(getattr(module, name), method)
         for module in (linen, nnx)
-        for name in ("MultiHeadAttention", "LanguageModel", "Translator")
+        for name in ("MultiHeadAttention", "Model")
         for method in ("__call__", "features")[: 1 + (name != "MultiHeadAttention")]
     },
 }

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import experiments
 from experiments import config as configs
-from experiments import extras, keys, quick, work
+from experiments import extras, keys, kinds, work
 from experiments import run as running
 from experiments.__main__ import main
 from experiments.data import corpora, vocabulary
@@ -50,13 +50,13 @@ def test_a_quick_look_says_that_it_is_one(quick_run):
     assert status == 2 and "is a run" in err
 
 
-@pytest.mark.parametrize("path", ["grammar", "multi30k", "heads", "shakespeare"])
+@pytest.mark.parametrize("path", ["grammar", "multi30k", "heads", "shakespeare", "masked"])
 def test_every_config_has_a_quick_look(path):
     whole = configs.read(f"configs/{path}.toml", ["training.steps=3", "training.warmup_steps=0"])
-    small = quick.shrink(whole)
+    small = kinds.shrink(whole)
     assert small.quick and small.training.steps == 3 and small.training.seeds == 1 and small.model.d_model == 32
     assert small.model.activation == whole.model.activation and whole.quick is None
-    assert quick.shrink(small) == small
+    assert kinds.shrink(small) == small
 
 
 @pytest.mark.slow

@@ -514,7 +514,10 @@ def test_commands_of_the_other_kind_of_run_are_refused(finished, text_run):
     assert status == 2 and "sample" in err
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "configs").glob("*.toml")))
+CONFIGS = sorted(str(path.relative_to(REPOSITORY / "configs")) for path in (REPOSITORY / "configs").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_shipped_config_reads(name):
     from experiments import config, schema
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import config as configs
-from experiments import quick
+from experiments import kinds
 from experiments.data import dependencies, pretrained_files
 from experiments.data.dependencies import Arc
 from experiments.errors import ConfigError, DataError
@@ -256,7 +256,7 @@ def test_the_config_is_read_and_shrunk():
     config = configs.read("configs/syntax.toml")
     assert isinstance(config, syntax.Config) and STUDIES["syntax"] is syntax
     assert [(arm.model, arm.language) for arm in config.arms] == [("minilm", "en"), ("minilm", "de"), ("smollm2", "en")]
-    small = quick.shrink(config)
+    small = kinds.shrink(config)
     assert small.quick and len(small.arms) == 1 and small.arms[0].sentences == syntax.QUICK
     with pytest.raises(ConfigError, match="arms must differ in model or language"):
         configs.read("configs/syntax.toml", ['arms=[{model="minilm"}, {model="minilm"}]'])
