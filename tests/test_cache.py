@@ -413,7 +413,10 @@ def test_what_cannot_be_looked_up_is_refused():
     with pytest.raises(ValueError, match=r"got bias \(17, 5\)"):
         extend(rolling, bias=jnp.zeros((M, WIDTH)))
     state, real = cache.init((R,), M, ONE), jnp.ones((R, M), bool)
-    with pytest.raises(ValueError, match="for 17 queries needs rows that are at the same place, got real="):
+    with pytest.raises(
+        ValueError,
+        match=r"dense\(bool\[17,17\]\) looks up queries by index, and needs rows that are at the same place, got real=",
+    ):
         extend(state, mask=np.ones((M, M), bool), real=real)
     with pytest.raises(ValueError, match=r"real must be bool \[..., t\] = \(3, 17\), got bool \(17,\)"):
         extend(state, real=real[0])
