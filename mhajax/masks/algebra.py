@@ -51,8 +51,7 @@ class Mask:
         jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False, repr=False)(cls))
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
-        """Which of these queries may attend to which of these keys: bool [t, s] or [..., 1 or N, t, s]; 1 for t or s
-        where it is the same for all."""
+        """Which of these queries may attend to which of these keys: bool [t, s] or [..., 1 or N, t, s], 1 if shared."""
         raise NotImplementedError(f"masks: {type(self).__name__} must define block(self, queries, keys).")
 
     def tiles(self, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
@@ -73,9 +72,9 @@ class Mask:
         return found._replace(rest=(*found.rest, self))
 
     def indexed(self) -> tuple[bool, bool]:
-        """Whether it looks anything up by the index of queries, and by that of keys.
+        """Whether it looks anything up by the index of queries, and by that of keys; by default `block` is traced to see.
 
-        Where rows of a batch are at different places, queries have none; in a rolling cache, keys have none.
+        Rows of a batch that are at different places have no index of queries, a rolling cache has none of keys.
         """
 
         def one_pair(query: Array, key: Array) -> Array:
@@ -91,10 +90,7 @@ class Mask:
         return None, None
 
     def prepare(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
-        """The mask made ready for `at`: its arrays with one leading axis, and room for so many more queries and keys.
-
-        What it says of the padding may be anything.
-        """
+        """The mask made ready for `at`: arrays have one leading axis, and padding, of which it may say anything."""
         return _Prepared(self, (queries, keys), leading, padding)
 
     def at(self, example: Array, head: Array) -> Mask:
@@ -223,14 +219,16 @@ class _Prepared(Mask):
         return replace(self, whole=(queries.at(example), keys.at(example)), entry=(example, head))
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
-        asked, cuts = zip(*map(Tokens.within, (queries, keys), self.whole), strict=True)
-        return Pairs(static.flat_pairs(self.mask.block(*asked), self.leading, self.padding), self.entry).block(*cuts)
+        asked = tuple(map(Tokens.within, (queries, keys), self.whole))
+        pairs = static.flat_pairs(self.mask.block(*asked), self.leading, self.padding)
+        return Pairs(pairs, (asked[0].start, asked[1].start), self.entry).block(queries, keys)
 
 
 class Pairs(Mask):
     """Pairs written out, prepared for `at`, and cut out where they are evaluated."""
 
     array: Array  # [B or 1, N or 1, T or 1, S or 1]
+    origin: tuple[Any, Any] = (0, 0)  # index of the first query and of the first key
     entry: tuple[Any, Any] = (0, 0)  # the example and the head
 
     def at(self, example: Array, head: Array) -> Mask:
@@ -238,7 +236,8 @@ class Pairs(Mask):
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
         example, head = self.entry
-        wanted = (example, 1), (head, 1), (queries.start, queries.size), (keys.start, keys.size)
+        q, k = queries.start - self.origin[0], keys.start - self.origin[1]
+        wanted = (example, 1), (head, 1), (q, queries.size), (k, keys.size)
         cuts = [(0, 1) if size == 1 else cut for size, cut in zip(self.array.shape, wanted, strict=True)]
         starts = [jnp.asarray(start, jnp.int32) for start, _ in cuts]  # of one dtype, in 64 bits too
         return jax.lax.dynamic_slice(self.array, starts, [size for _, size in cuts])[0, 0]

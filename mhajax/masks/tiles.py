@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
 
 
 def on_grid(nonempty: Any, full: Any, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
-    """Bounds for all tiles of block_q × block_k pairs, of some for whole rows or columns of them, where that is 1."""
+    """Bounds of every tile, from [..., 1 or t_tiles, 1 or s_tiles], where 1 is for a whole row or column of tiles."""
     shape = -(-queries.size // block_q), -(-keys.size // block_k)
     expand = lambda bound: static.library(bound).broadcast_to(bound, (*bound.shape[:-2], *shape))  # noqa: E731
     return Tiles(expand(nonempty), expand(full))

@@ -56,12 +56,12 @@ class Tokens(NamedTuple):
         position = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.position), index * size, size)
         return Tokens(self.start + index * size, position)
 
-    def within(self, whole: Tokens) -> tuple[Tokens, Tokens]:
-        """Tokens of the whole that begin where these do or, where these end in padding, before; and where these are."""
-        size, start = min(self.size, whole.size), jnp.asarray(self.start) - whole.start
-        first = jnp.clip(start, 0, whole.size - size)
+    def within(self, whole: Tokens) -> Tokens:
+        """Those of the whole that begin where these do or, where these end in padding after it, so much before."""
+        size = min(self.size, whole.size)
+        first = jnp.clip(jnp.asarray(self.start) - whole.start, 0, whole.size - size)
         position = jax.lax.dynamic_slice_in_dim(jnp.asarray(whole.position), first, size)
-        return Tokens(first + whole.start, position), self._replace(start=start - first)
+        return Tokens(first + whole.start, position)
 
 
 def tokens(size: int | Tokens, position: Array | np.ndarray | None = None) -> Tokens:
