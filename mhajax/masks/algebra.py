@@ -72,7 +72,7 @@ class Mask:
         return found._replace(rest=(*found.rest, self))
 
     def indexed(self) -> tuple[bool, bool]:
-        """Whether it looks anything up by the index of queries, and by that of keys; by default `block` is traced to see.
+        """Whether it looks anything up by the index of queries, and of keys; by default `block` is traced to see.
 
         Rows of a batch that are at different places have no index of queries, a rolling cache has none of keys.
         """
