@@ -37,13 +37,12 @@ class Mask:
     ...     def block(self, queries, keys):
     ...         q, k = masks.positions(queries, keys)
     ...         return (q - k) % self.step == 0
-    >>> print((masks.causal() & Dilated(3)).show(5))
-    causal() & Dilated(3): 5 queries (down) × 5 keys
-    █····
-    ·█···
-    ··█··
-    █··█·
-    ·█··█
+    >>> print(masks.as_array(masks.causal() & Dilated(3), 5, 5).astype(int))
+    [[1 0 0 0 0]
+     [0 1 0 0 0]
+     [0 0 1 0 0]
+     [1 0 0 1 0]
+     [0 1 0 0 1]]
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
