@@ -7,7 +7,7 @@
 A map of the package:
 
     attention       project → attend → concatenate → combine: Config, Params, init_params, apply
-    masks           who may look at whom: causal, window, prefix, chunk, segments, lengths, dense, your own; & | ~
+    masks           which query may attend to which key: causal, window, segments, lengths, dense, your own; & | ~
     scores          what happens to a logit before the softmax: ALiBi, T5 and relative biases, soft cap, your own
     positions       rotary and its scalings, sinusoids: functions handed to attention or added to embeddings
     kernels         softmax(q kᵀ) v for given q, k, v: `attend`, and `explain`, which says how it is computed here

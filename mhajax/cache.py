@@ -121,8 +121,8 @@ def extend(
       cache: from `init`, or what the last call returned.
       real: bool [..., t], False for padding, which is neither kept nor counted: prompts padded left or right, rows that
         stand still. Its outputs mean nothing. The new cache has a length for every row. None: all are real.
-      mask: who may attend to whom, such as `masks.causal()`; slots without a token are hidden in any case. What it
-        looks up by index (`lengths`, `segments`, `dense`) is looked up for all tokens seen, not for the chunk.
+      mask: which query may attend to which key, such as `masks.causal()`; slots without a token are hidden in any
+        case. What is looked up by index (`lengths`, `segments`, `dense`), is so for all tokens seen, not for the chunk.
       rotate: as in `attention.apply`.
       intervention: as in `attention.apply`; T are the new tokens, S the slots of the cache. The cache keeps what would
         be there without it.
@@ -312,14 +312,14 @@ def _check_real(real: Array | None, new: KeysValues) -> None:
 
 def _check_mask(mask: Mask | None, cache: Cache, bias: Any, real: Array | None) -> None:
     """A mask or a bias can be looked up by the slots of the cache."""
-    if cache.rolling and (bias is not None or _by_index(mask)):
+    if cache.rolling and (bias is not None or (mask is not None and mask.indexed()[1])):
         raise ValueError(
             f"cache.extend: with a rolling cache a mask must compare positions and a bias must be a score=, got "
             f"{f'bias {bias.shape}' if bias is not None else mask}; a token has no fixed index there."
         )
-    if mask is not None and mask.sizes()[0] is not None and (cache.length.ndim or real is not None):
+    if mask is not None and (cache.length.ndim or real is not None) and mask.indexed()[0]:
         raise ValueError(
-            f"cache.extend: a mask written out for {mask.sizes()[0]} queries needs rows that are at the same place, "
+            f"cache.extend: {mask} looks up queries by index, and needs rows that are at the same place, "
             f"got {'real=' if real is not None else f'lengths {cache.length.shape}'}; use masks that compare positions."
         )
 
@@ -339,10 +339,3 @@ def _check_patches(intervention: Intervention, cache: Cache) -> None:
                 f"cache.extend: with a rolling cache a patch cannot name keys one by one, got intervention.{name} of "
                 f"shape {shape}; share it (1 on the axis S), or use a cache that is not rolling."
             )
-
-
-def _by_index(mask: Mask | None) -> bool:
-    """Whether it looks anything up by index."""
-    if isinstance(mask, masks.And | masks.Or | masks.Not):
-        return any(_by_index(part) for part in mask.parts())
-    return isinstance(mask, masks.Lengths | masks.Segments | masks.Dense)

@@ -9,7 +9,8 @@ through `jit` as arguments, new values do not retrace, `vmap` maps over them, an
     loss = lambda table: attention.apply(params, x, config, score=scores.relative(table)).sum()
     gradient = jax.grad(loss)(table)
 
-`with_sinks` is no score function: it works on what the heads gave.
+One of your own is a function of the four; what it has for every head, it reads with `at_head`. `with_sinks` is no
+score function: it works on what the heads gave.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def slope(slopes: ArrayLike) -> Partial:
 
 
 def _slope(slopes: Array, score: Array, head: Array, q_position: Array, k_position: Array) -> Array:
-    return score - _of_head("alibi or slope", slopes, head) * jnp.abs(q_position - k_position)
+    return score - at_head(slopes, head, "scores.alibi or slope") * jnp.abs(q_position - k_position)
 
 
 def alibi(num_heads: int) -> Partial:
@@ -99,7 +100,7 @@ def relative(table: ArrayLike) -> Partial:
 
 def _relative(table: Array, score: Array, head: Array, q_position: Array, k_position: Array) -> Array:
     most = table.shape[1] // 2
-    return score + _of_head("relative or t5", table, head)[jnp.clip(k_position - q_position, -most, most) + most]
+    return score + at_head(table, head, "scores.relative or t5")[jnp.clip(k_position - q_position, -most, most) + most]
 
 
 def t5(table: ArrayLike, *, bidirectional: bool, max_distance: int = 128) -> Partial:
@@ -239,20 +240,33 @@ def _table(function: str, given: ArrayLike, axes: str, rank: int) -> Array:
     return table
 
 
-def _of_head(who: str, table: Array, head: Array) -> Array:
-    """The head's row. An index beyond the end would not notice that there is none.
+def at_head(table: ArrayLike, head: Array, who: str) -> Array:
+    """The head's row, for a score function of your own. An index beyond the end would not notice that there is none.
+
+    Args:
+      table: [N, …], something for every head.
+      head: index of the head, as a score function is given it.
+      who: whose table it is, for the error.
+
+    Returns:
+      [...], the row.
 
     Raises:
       ValueError: for a table of another number of heads than there are; for a head, given as a number, beyond it.
+
+    >>> scale = lambda score, head, q_position, k_position: score * at_head(jnp.array([1.0, 0.5]), head, "scale")
+    >>> float(scale(3.0, 1, 0, 0))
+    1.5
     """
-    expected, have = _NUM_HEADS.get(), table.shape[0]
-    if expected not in (None, have):
+    table = jnp.asarray(table)
+    expected, found = _NUM_HEADS.get(), table.shape[0]
+    if expected not in (None, found):
         raise ValueError(
-            f"scores.{who}: must be made for N={expected} heads, as many as queries have, got {have}; inside shard_map "
+            f"{who}: must be made for N={expected} heads, as many as queries have, got {found}; inside shard_map "
             "N counts the heads of one device."
         )
-    if not isinstance(head, Tracer) and not np.all((np.asarray(head) >= 0) & (np.asarray(head) < have)):
-        raise ValueError(f"scores.{who}: head must be 0 to {have - 1}, got {head}.")
+    if not isinstance(head, Tracer) and not np.all((np.asarray(head) >= 0) & (np.asarray(head) < found)):
+        raise ValueError(f"{who}: head must be 0 to {found - 1}, got {head}.")
     return table.at[head].get(mode="fill", fill_value=jnp.nan)
 
 

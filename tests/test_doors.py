@@ -1,5 +1,6 @@
 """What a stranger writes to add one more of something, and that the library does for it what it does for its own."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,11 +9,101 @@ import numpy as np
 import pytest
 from reference import random_params
 
-from mhajax import attention, masks, norm, transformer
+from mhajax import attention, language_model, masks, norm, scores, transformer
 from mhajax.attentions import PerAttention
 from mhajax.heads import ablation, surgery
 
 NORM = norm.Config(d_model=6, norm="layer")
+
+# A mask: every third position backwards, by the one method that a mask must define ----------------------------------
+
+
+class EveryThird(masks.Mask):
+    def block(self, queries, keys):
+        q, k = masks.positions(queries, keys)
+        return (k <= q) & ((q - k) % 3 == 0)
+
+
+def test_a_mask_of_ones_own_is_one_method():
+    config = attention.Config(d_model=6, num_heads=3)
+    params, x = random_params(attention.init_params, config), jax.random.normal(jax.random.key(0), (2, 13, 6))
+    run = jax.jit(lambda mask, kernel: attention.apply(params, x, config, mask=mask, kernel=kernel), static_argnums=1)
+    gaps = np.arange(13)[:, None] - np.arange(13)
+    pairs = (gaps >= 0) & (gaps % 3 == 0)
+    for mask, allowed in {
+        EveryThird(): pairs,
+        masks.causal() & ~EveryThird(): (gaps >= 0) & ~pairs,
+        EveryThird() & masks.window(6) | masks.prefix(1): pairs & (gaps <= 6) | (np.arange(13) < 1),
+    }.items():
+        expected = run(allowed, "dense")
+        for kernel in ("dense", "blockwise"):
+            np.testing.assert_allclose(run(mask, kernel), expected, atol=2e-6)
+
+
+def test_a_mask_of_ones_own_is_drawn():
+    assert (EveryThird() & masks.window(3)).show(5).splitlines() == [
+        "EveryThird() & window(before=3): 5 queries (down) × 5 keys", "█····", "·█···", "··█··", "█··█·", "·█··█"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_a_mask_of_ones_own_in_a_language_model_and_its_cache(rolling):
+    config = language_model.Config(vocab_size=11, d_model=6, num_heads=3, num_layers=2)
+    params = random_params(language_model.init_params, config)
+    tokens = np.random.default_rng(0).integers(11, size=(2, 9))
+    window = masks.window(4) if rolling else masks.causal()
+    expected = jax.jit(lambda mask: language_model.apply(params, tokens, config, mask=mask))(EveryThird() & window)
+    extend = jax.jit(lambda part, state: language_model.extend(params, part, state, config, mask=EveryThird()))
+    state, found = language_model.init_cache((2,), 5 if rolling else 9, config, rolling=rolling), []
+    for part in np.split(tokens, range(4, 9), axis=1):
+        logits, state = extend(part, state)
+        found.append(logits)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=1e-5)
+
+
+# A score function: heads that forget, each at its own rate ----------------------------------------------------------
+
+
+def forgetting(rates):
+    def score(score, head, q_position, k_position):
+        return score - scores.at_head(rates, head, "forgetting") * jnp.log1p(jnp.abs(q_position - k_position))
+
+    return score
+
+
+RATES = np.array([0.1, 2.0, 0.5], np.float32)
+
+
+def test_a_score_function_of_ones_own_works_on_every_path_and_has_a_gradient():
+    config = attention.Config(d_model=6, num_heads=3)
+    params, x = random_params(attention.init_params, config), jax.random.normal(jax.random.key(0), (2, 13, 6))
+
+    @partial(jax.jit, static_argnames="kernel")
+    def run(rates, kernel):
+        def loss(rates):
+            out, seen = attention.apply_captured(
+                params, x, config, score=forgetting(rates), mask=masks.causal(), kernel=kernel, capture=("weights",)
+            )
+            return jnp.sum(out**2), (out, seen["weights"])
+
+        return jax.grad(loss, has_aux=True)(rates)
+
+    dense, tiled = run(RATES, "dense"), run(RATES, "blockwise")
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), dense, tiled)
+    gaps = np.abs(np.arange(13)[:, None] - np.arange(13))
+    _, logits = attention.apply_captured(params, x, config, mask=masks.causal(), capture=("logits",))
+    expected = jax.nn.softmax(logits["logits"] - RATES[:, None, None] * np.log1p(gaps), axis=-1)
+    np.testing.assert_allclose(dense[1][1], expected, atol=1e-6)
+    assert np.all(dense[0] != 0)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "blockwise"])
+def test_a_score_function_of_ones_own_for_another_number_of_heads_is_refused(kernel):
+    config = attention.Config(d_model=8, num_heads=4)
+    params, x = random_params(attention.init_params, config), jnp.ones((2, 13, 8))
+    with pytest.raises(ValueError, match="forgetting: must be made for N=4 heads, .* got 3"):
+        attention.apply(params, x, config, score=forgetting(RATES), kernel=kernel)
+
 
 # A model: two attentions one after the other, each normalised after it is added (Vaswani et al. 2017) --------------
 

@@ -75,13 +75,13 @@ def truth(mask, queries, keys, rows, columns):
 
 def holds(tiles, expected, exact=False):
     """The bounds do not claim more than is so; if exact, not less either."""
-    some, every = (whole(bound, expected.some.shape[-2:]) for bound in tiles)
-    assert all(bound.dtype == bool and bound.shape[-2:] == expected.some.shape[-2:] for bound in tiles)
+    nonempty, full = (whole(bound, expected.nonempty.shape[-2:]) for bound in tiles)
+    assert all(bound.dtype == bool and bound.shape[-2:] == expected.nonempty.shape[-2:] for bound in tiles)
     if exact:
-        np.testing.assert_array_equal(some, expected.some)
-        np.testing.assert_array_equal(every, expected.every)
-    assert not np.any(expected.some & ~some), "a tile with a pair is left out"
-    assert not np.any(every & ~expected.every), "a tile is said to be full and is not"
+        np.testing.assert_array_equal(nonempty, expected.nonempty)
+        np.testing.assert_array_equal(full, expected.full)
+    assert not np.any(expected.nonempty & ~nonempty), "a tile with a pair is left out"
+    assert not np.any(full & ~expected.full), "a tile is said to be full and is not"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -110,8 +110,8 @@ def test_segments_in_order_leave_out_what_is_far_apart():
     """Packed texts: bounds by smallest and largest are exact for them where tiles do not straddle."""
     packed = masks.segments(np.repeat([0, 1, 2], 4))
     tiles = packed.tiles(masks.tokens(12), masks.tokens(12), 4, 2)
-    np.testing.assert_array_equal(tiles.some, np.repeat(np.eye(3, dtype=bool), 2, axis=1))
-    np.testing.assert_array_equal(tiles.every, tiles.some)
+    np.testing.assert_array_equal(tiles.nonempty, np.repeat(np.eye(3, dtype=bool), 2, axis=1))
+    np.testing.assert_array_equal(tiles.full, tiles.nonempty)
 
 
 ALL = masks.causal() & masks.window(5) | masks.prefix(np.array([3, 0])) & ~masks.chunk(4) & masks.lengths(np.array(9))
@@ -169,20 +169,20 @@ def test_known_tiles_hold_for_whatever_is_traced():
     def trace(n):
         for mask in (masks.causal() & masks.lengths(n), ~(masks.causal() | masks.lengths(n))):
             found.append(masks.known_tiles(mask, *INDICES, 4, 5))
-            assert not isinstance(mask.tiles(*INDICES, 4, 5).some, np.ndarray)
+            assert not isinstance(mask.tiles(*INDICES, 4, 5).nonempty, np.ndarray)
         return n
 
     trace(3)
     causal = masks.causal().tiles(*INDICES, 4, 5)
     assert all(isinstance(bound, np.ndarray) for tiles in found for bound in tiles)
-    np.testing.assert_array_equal(found[0].some, causal.some)
-    np.testing.assert_array_equal(found[0].every, np.zeros((4, 4), bool))
-    np.testing.assert_array_equal(found[1].some, ~causal.every)
+    np.testing.assert_array_equal(found[0].nonempty, causal.nonempty)
+    np.testing.assert_array_equal(found[0].full, np.zeros((4, 4), bool))
+    np.testing.assert_array_equal(found[1].nonempty, ~causal.full)
 
 
 def test_no_mask_is_every_pair():
     tiles = masks.known_tiles(None, *INDICES, 4, 5)
-    assert tiles.some.all() and tiles.every.all() and tiles.every.shape == (4, 4)
+    assert tiles.nonempty.all() and tiles.full.all() and tiles.full.shape == (4, 4)
 
 
 def test_a_mask_that_only_defines_block_is_unknown():
@@ -190,7 +190,7 @@ def test_a_mask_that_only_defines_block_is_unknown():
         pass
 
     tiles = Mine().tiles(*INDICES, 4, 5)
-    assert tiles.some.all() and not tiles.every.any() and tiles.some.shape == (4, 4)
+    assert tiles.nonempty.all() and not tiles.full.any() and tiles.nonempty.shape == (4, 4)
 
 
 def test_bounds_are_cheap():
@@ -198,7 +198,7 @@ def test_bounds_are_cheap():
     long = masks.tokens(2**20)
     mask = masks.causal() & masks.window(4096) & masks.lengths(2**19) | masks.chunk(2**14) & ~masks.prefix(2**10)
     tiles = mask.tiles(long, long, 2**14, 2**14)
-    assert tiles.some.shape == (64, 64) and 64 <= tiles.some.sum() <= 2 * 64
+    assert tiles.nonempty.shape == (64, 64) and 64 <= tiles.nonempty.sum() <= 2 * 64
     program = jax.make_jaxpr(lambda mask, at: mask.tiles(Tokens(0, at), Tokens(0, at), 2**14, 2**14))(
         mask, long.position
     )

@@ -66,7 +66,7 @@ class Examined(NamedTuple):
       batches: the held-out sentences.
       index: batch → [B] number of the sentence.
       capture: (params, batch, names) → {kind: {name: [L, B, N, …]}}.
-      visible: batch → {kind: bool [B, T, S]}: who may look at whom, real tokens only.
+      visible: batch → {kind: bool [B, T, S]}: which query may attend to which key, real tokens only.
       tokens: batch → {kind: (query tokens [B, T], key tokens [B, S])}.
       losses: (params, batch, gates) → [B, T]: nats of every predicted word; gates are {kind: [L, N]}.
       ablated: (params, batch, sums) → {kind: [L, R, N]}: the losses without each head; `sums` is from nats [B, T] to

@@ -85,7 +85,7 @@ def lay_out(
     operands = Operands(flat(q, rows), flat(k, columns), flat(v, columns), _lay_out_bias(bias, static), constants)
     order, plain, visited = _visits(mask, bias, queries, keys, static)
     context = Context(
-        None if mask is None else mask.laid_out(queries, keys, static.leading, (rows, columns)),
+        None if mask is None else mask.prepare(queries, keys, static.leading, (rows, columns)),
         queries._replace(position=_pad(queries.position, -1, rows)),
         keys._replace(position=_pad(keys.position, -1, columns)),
         order,

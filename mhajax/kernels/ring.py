@@ -166,7 +166,7 @@ def _where_seen(mask: Mask | None, queries: Tokens, keys: Tokens, function: Call
     """The function's value, or the other one if the mask is known to allow no pair of these tokens."""
     if mask is None:
         return function()
-    some = jnp.any(jnp.asarray(mask.tiles(queries, keys, queries.size, keys.size).some))
+    some = jnp.any(jnp.asarray(mask.tiles(queries, keys, queries.size, keys.size).nonempty))
     return jax.lax.cond(some, function, lambda: otherwise)
 
 

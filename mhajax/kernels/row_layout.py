@@ -159,7 +159,7 @@ def lay_out(
     )
     if given.mask is None or asking.allowed is not None:
         return asking, answering, given._replace(mask=None)
-    mask = given.mask.laid_out(given.queries, given.keys, asked.leading, (asked.padding, 0))
+    mask = given.mask.prepare(given.queries, given.keys, asked.leading, (asked.padding, 0))
     queries = given.queries._replace(position=longer(given.queries.position, -1, asked.padding))
     return asking, answering, given._replace(mask=mask, queries=queries)
 
@@ -177,8 +177,8 @@ def allowed(mask: Mask, first: First, given: Given, asked: Asked) -> Array:
     examples, _, size = asked.block
 
     def one(example: Array, head: Array) -> Array:
-        queries, keys = given.queries.of(example).part(first[2] // size, size), given.keys.of(example)
-        block = mask.of(example, head).block(queries, keys)
+        queries, keys = given.queries.at(example).part(first[2] // size, size), given.keys.at(example)
+        block = mask.at(example, head).block(queries, keys)
         return jnp.broadcast_to(block.reshape(block.shape[-2:]), (size, keys.size))
 
     of_heads = jax.vmap(one, in_axes=(None, 0))

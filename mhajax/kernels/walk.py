@@ -44,8 +44,8 @@ class Tile(NamedTuple):
         """The queries and the keys of one example."""
         _, rows, columns = static.tiling
         return (
-            context.queries.of(example).part(self.row, rows),
-            context.keys.of(example).part(self.column, columns),
+            context.queries.at(example).part(self.row, rows),
+            context.keys.at(example).part(self.column, columns),
         )
 
 
@@ -172,7 +172,7 @@ def _allowed(static: Static, context: Context, tile: Tile, bias: Array | None) -
         mask = context.mask
 
         def one_item(example: Array, head: Array) -> Array:
-            block = mask.of(example, head).block(*tile.places(context, static, example))
+            block = mask.at(example, head).block(*tile.places(context, static, example))
             return jnp.broadcast_to(block.reshape(block.shape[-2:]), (rows, columns))
 
         of_mask = jax.vmap(one_item)(tile.chunk.example, tile.chunk.head)

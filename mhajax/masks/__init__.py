@@ -1,7 +1,7 @@
-"""Who may look at whom.
+"""Which query may attend to which key.
 
-A mask says, for a block of queries and a block of keys, which query may attend to which key. It is evaluated only where
-it is needed, so `causal()` or `lengths(n)` never hold T × S booleans, and masks combine with `&`, `|` and `~`:
+A mask says it for a block of queries and a block of keys. It is evaluated only where it is needed, so `causal()` or
+`lengths(n)` never hold T × S booleans, and masks combine with `&`, `|` and `~`:
 
     mask = masks.causal() & masks.lengths(lengths)
 
@@ -13,6 +13,7 @@ it is needed, so `causal()` or `lengths(n)` never hold T × S booleans, and mask
     lengths(lengths)          keys that are not padding
     function(mask_fn, …)      what a function of one query position and one key position says
     dense, per_example, per_head   pairs written out
+    Mask                      the base of a mask of your own: a class with one method
 
 Masks are pytrees: they go through `jit`, `vmap` and `scan`, and new values in them do not retrace.
 
@@ -25,42 +26,15 @@ known while a program is traced where the numbers in the mask are. `conditions` 
 options of their own, and `as_array` writes it out for what takes nothing else.
 """
 
-from mhajax.masks.algebra import And, Mask, Not, Or, Tiles, Tokens, as_array, known_tiles, pytree, tokens, uncalled
-from mhajax.masks.by_index import Dense, Lengths, Segments, as_mask, dense, lengths, per_example, per_head, segments
-from mhajax.masks.by_position import Causal, Chunk, Function, Prefix, Window, causal, chunk, function, prefix, window
+from mhajax.masks.algebra import Mask, as_array, known_tiles, uncalled
+from mhajax.masks.by_index import as_mask, dense, lengths, per_example, per_head, segments
+from mhajax.masks.by_position import causal, chunk, function, prefix, window
 from mhajax.masks.conditions import Conditions, conditions
+from mhajax.masks.tiles import Tiles
+from mhajax.masks.tokens import Tokens, positions, tokens
 
 __all__ = [
-    "And",
-    "Causal",
-    "Chunk",
-    "Conditions",
-    "Dense",
-    "Function",
-    "Lengths",
-    "Mask",
-    "Not",
-    "Or",
-    "Prefix",
-    "Segments",
-    "Tiles",
-    "Tokens",
-    "Window",
-    "as_array",
-    "as_mask",
-    "causal",
-    "chunk",
-    "conditions",
-    "dense",
-    "function",
-    "known_tiles",
-    "lengths",
-    "per_example",
-    "per_head",
-    "prefix",
-    "pytree",
-    "segments",
-    "tokens",
-    "uncalled",
-    "window",
-]
+    "Conditions", "Mask", "Tiles", "Tokens", "as_array", "as_mask", "causal", "chunk", "conditions", "dense",
+    "function", "known_tiles", "lengths", "per_example", "per_head", "positions", "prefix", "segments", "tokens",
+    "uncalled", "window",
+]  # fmt: skip

@@ -1,125 +1,100 @@
-"""What a mask is: a question about a block of tokens, bounds for the tiles of a kernel, and `&`, `|`, `~`."""
+"""What a mask is: one question about a block of queries and keys, what follows from the answer, and `&`, `|`, `~`."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, NamedTuple, dataclass_transform
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from mhajax.arguments import kind_of
 from mhajax.masks import picture, static
+from mhajax.masks.conditions import Conditions
+from mhajax.masks.tiles import Tiles, on_grid
+from mhajax.masks.tokens import Tokens, tokens
 
 
-class Tokens(NamedTuple):
-    """A run of neighbouring tokens, as a mask sees it.
-
-    Attributes:
-      start: index of the first one in the arrays (where a mask looks up lengths, segments and dense entries).
-      position: [t] or [..., t], their positions in the text (what causal compares). A cache makes the two differ.
-    """
-
-    start: ArrayLike
-    position: Array | np.ndarray
-
-    @property
-    def size(self) -> int:
-        """Number of tokens, t."""
-        return self.position.shape[-1]
-
-    @property
-    def index(self) -> Array:
-        """Indices in the arrays, [t]."""
-        return jnp.asarray(self.start) + jnp.arange(self.size)
-
-    @property
-    def origin(self) -> int | None:
-        """Position of the first token where positions are known, shared by all examples and go up by one; else None.
-
-        A kernel that only knows "index ≤ index" is right if the origins of queries and keys are the same number.
-        """
-        if self.position.ndim != 1 or not self.size or not static.known(self.position):
-            return None
-        positions = np.asarray(self.position)
-        return int(positions[0]) if np.all(np.diff(positions) == 1) else None
-
-    def of(self, example: Array) -> Tokens:
-        """The tokens of one example, by its number in the flattened leading axes."""
-        if self.position.ndim == 1:
-            return self
-        return self._replace(position=jnp.asarray(self.position).reshape(-1, self.size)[example])
-
-    def part(self, index: Array, size: int) -> Tokens:
-        """The `index`th run of `size` tokens, of tokens [t]."""
-        position = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.position), index * size, size)
-        return Tokens(self.start + index * size, position)
-
-
-def tokens(size: int, position: Array | np.ndarray | None = None) -> Tokens:
-    """All `size` tokens of a sequence, at positions 0, 1, 2, … unless others are given.
-
-    The positions that are not given are known while a program is traced, so that kernels can leave out tiles.
-    """
-    return Tokens(0, np.arange(size, dtype=np.int32) if position is None else position)
-
-
-class Tiles(NamedTuple):
-    """What is certain about the tiles of a grid: [t_tiles, s_tiles], or [..., 1 or N, t_tiles, s_tiles].
-
-    Attributes:
-      some: bool; False is certain: no pair of the tile is allowed. True may be said without need.
-      every: bool; True is certain: every pair of the tile is allowed. False may be said without need.
-    """
-
-    some: Array | np.ndarray
-    every: Array | np.ndarray
-
-
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
 class Mask:
-    """Base of all masks; `block` is the one thing that a new mask defines."""
+    """Base of all masks. One of your own is a class with one method, `block`; all else has defaults that are right.
+
+    A subclass is made a frozen dataclass and a pytree of its fields, of which those that are no arrays are declared as
+    `field(metadata={"static": True})`. `block` is asked about any run of queries and any run of keys. It compares
+    positions, which `masks.positions` gives as they broadcast to pairs, or looks arrays up by `queries.index` and
+    `keys.index`. Nothing is known of its answers before: every tile is evaluated, unless a mask beside it (`&`) rules
+    it out. `tiles` and `add_to` may say more; `indexed`, `sizes`, `prepare`, `at` and `__repr__` need not be defined.
+
+    >>> from mhajax import masks
+    >>> class Dilated(masks.Mask):
+    ...     step: int
+    ...
+    ...     def block(self, queries, keys):
+    ...         q, k = masks.positions(queries, keys)
+    ...         return (q - k) % self.step == 0
+    >>> print(masks.as_array(masks.causal() & Dilated(3), 5, 5).astype(int))
+    [[1 0 0 0 0]
+     [0 1 0 0 0]
+     [0 0 1 0 0]
+     [1 0 0 1 0]
+     [0 1 0 0 1]]
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False, repr=False)(cls))
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
-        """Which of these queries may attend to which of these keys: bool [t, s] or [..., 1 or N, t, s]."""
-        raise NotImplementedError
+        """Which of these queries may attend to which of these keys: bool [t, s] or [..., 1 or N, t, s], 1 if shared."""
+        raise NotImplementedError(f"masks: {type(self).__name__} must define block(self, queries, keys).")
 
-    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
-        """Bounds for tiles of `rows` queries by `columns` keys, in O(t + s + tiles): what a kernel may leave out.
+    def tiles(self, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
+        """Bounds for tiles of block_q × block_k pairs, in O(t + s + tiles): what a kernel may leave out.
 
-        The grid has ceil(t / rows) × ceil(s / columns) tiles; the last ones may be partial, and only tokens that exist
-        count. A mask that does not define this is taken to be unknown: some, but not every pair.
+        The grid has ceil(t / block_q) × ceil(s / block_k) tiles; the last ones may be partial, and only tokens that
+        exist count. By default nothing is known: every tile has some pairs, and none has all.
 
         Returns:
           NumPy arrays where the mask's own arrays and the tokens that it compares are known, also while `jit` traces;
           JAX arrays otherwise. `known_tiles` gives NumPy arrays always.
         """
-        return unknown(queries, keys, rows, columns)
+        one = np.ones((1, 1), bool)
+        return on_grid(one, ~one, queries, keys, block_q, block_k)
+
+    def add_to(self, found: Conditions) -> Conditions:
+        """The conditions found so far and this one, for `conditions`: by its name there, or with the rest."""
+        return found._replace(rest=(*found.rest, self))
+
+    def indexed(self) -> tuple[bool, bool]:
+        """Whether it looks anything up by the index of queries, and of keys; by default `block` is traced to see.
+
+        Rows of a batch that are at different places have no index of queries, a rolling cache has none of keys.
+        """
+
+        def one_pair(query: Array, key: Array) -> Array:
+            return self.block(*(Tokens(start, np.zeros(1, np.int32)) for start in (query, key)))
+
+        program = jax.make_jaxpr(one_pair)(0, 0).jaxpr
+        used = [variable for equation in program.eqns for variable in equation.invars]
+        queries, keys = (any(variable is start for variable in used) for start in program.invars)
+        return queries, keys
 
     def sizes(self) -> tuple[int | None, int | None]:
         """For how many queries and keys it is written out; None: for any number."""
         return None, None
 
-    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
-        """The mask made ready for `of`: its arrays with one leading axis, and room for so many more queries and keys.
+    def prepare(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+        """The mask made ready for `at`: arrays have one leading axis, and padding, of which it may say anything."""
+        return _Prepared(self, (queries, keys), leading, padding)
 
-        What it says of the padding may be anything. A mask that does not define this is written out pair by pair.
-        """
-        from mhajax.masks.by_index import lay_out_pairs  # which makes a Mask
-
-        pairs = self.block(queries, keys)
-        pairs = jnp.broadcast_to(pairs, (*pairs.shape[:-2], queries.size, keys.size))
-        return lay_out_pairs(pairs, (queries.start, keys.start), leading, padding)
-
-    def of(self, example: Array, head: Array) -> Mask:
-        """What a mask that is laid out says of one example and one head, numbers that may be traced.
-
-        Its `block` is [1 or t, 1 or s], perhaps with axes of 1 in front.
-        """
-        raise NotImplementedError
+    def at(self, example: Array, head: Array) -> Mask:
+        """What a prepared mask says of one example and head, which may be traced; `block` has then no axes for them."""
+        raise NotImplementedError(f"masks: {self!r} is not prepared.")
 
     def show(
         self, queries: int | Tokens | None = None, keys: int | Tokens | None = None, *, width: int | None = None
@@ -133,27 +108,20 @@ class Mask:
 
         Raises:
           ValueError: if the number of queries is neither given nor known.
-
-        >>> from mhajax import masks
-        >>> print((masks.causal() & masks.window(1) | masks.prefix(2)).show(5))
-        causal() & window(before=1) | prefix(2): 5 queries (down) × 5 keys
-        ██···
-        ██···
-        ███··
-        ████·
-        ██·██
         """
-        rows, columns = self.sizes()
-        queries = rows if queries is None else queries
+        num_queries, num_keys = self.sizes()
+        queries = num_queries if queries is None else queries
         if queries is None:
             raise ValueError(f"masks: {self!r} is for any number of tokens; say how many to show: mask.show(T, S).")
         if keys is None:
-            keys = queries if columns is None else columns
-        return picture.draw(self, _as_tokens(queries), _as_tokens(keys), width)
+            keys = queries if num_keys is None else num_keys
+        return picture.draw(self, tokens(queries), tokens(keys), width)
 
     def __repr__(self) -> str:
         values = (getattr(self, part.name) for part in fields(self)) if is_dataclass(self) else ()
-        return f"{type(self).__name__.lower()}({', '.join(map(brief, jax.tree.leaves(list(values))))})"
+        name = type(self).__name__  # one of the library's is made by a function
+        name = name.lower() if self.__module__.startswith("mhajax.") else name
+        return f"{name}({', '.join(map(brief, jax.tree.leaves(list(values))))})"
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -191,29 +159,19 @@ class Mask:
     __mul__ = __rmul__ = __add__
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
-def pytree(cls):
-    """Makes a mask a frozen dataclass whose fields are leaves of a pytree; the decorator of a new mask."""
-    return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False, repr=False)(cls))
-
-
 def as_array(mask: Mask | None, queries: int | Tokens, keys: int | Tokens) -> Array:
     """The mask written out: boolean [T, S] if all examples and heads share it, else [..., 1 or N, T, S].
 
     For what takes nothing but an array; it is as large as the logits of a head.
 
     Args:
-      mask: None is everybody to everybody.
+      mask: None is every query to every key.
       queries: how many, or Tokens.
       keys: how many, or Tokens.
     """
-    queries, keys = _as_tokens(queries), _as_tokens(keys)
+    queries, keys = tokens(queries), tokens(keys)
     pairs = jnp.ones((1, 1), bool) if mask is None else mask.block(queries, keys)
     return jnp.broadcast_to(pairs, (*pairs.shape[:-2], queries.size, keys.size))
-
-
-def _as_tokens(given: int | Tokens) -> Tokens:
-    return given if isinstance(given, Tokens) else tokens(given)
 
 
 def brief(value: Any) -> str:
@@ -246,133 +204,140 @@ def uncalled(who: str, mask: Any) -> None:
     raise TypeError(f"{who}: mask must be a Mask or booleans, got {name} itself; {advice}.")
 
 
+class _Prepared(Mask):
+    """A mask of which nothing but `block` is known, asked block by block, and only about tokens that there are."""
+
+    mask: Mask
+    whole: tuple[Tokens, Tokens]  # all queries and all keys
+    leading: tuple[int, ...] = field(metadata={"static": True})
+    padding: tuple[int, int] = field(metadata={"static": True})
+    entry: tuple[Any, Any] = (0, 0)  # the example and the head
+
+    def at(self, example: Array, head: Array) -> Mask:
+        queries, keys = self.whole
+        return replace(self, whole=(queries.at(example), keys.at(example)), entry=(example, head))
+
+    def block(self, queries: Tokens, keys: Tokens) -> Array:
+        asked = tuple(map(Tokens.within, (queries, keys), self.whole))
+        pairs = static.flat_pairs(self.mask.block(*asked), self.leading, self.padding)
+        return Pairs(pairs, (asked[0].start, asked[1].start), self.entry).block(queries, keys)
+
+
+class Pairs(Mask):
+    """Pairs written out, prepared for `at`, and cut out where they are evaluated."""
+
+    array: Array  # [B or 1, N or 1, T or 1, S or 1]
+    origin: tuple[Any, Any] = (0, 0)  # index of the first query and of the first key
+    entry: tuple[Any, Any] = (0, 0)  # the example and the head
+
+    def at(self, example: Array, head: Array) -> Mask:
+        return replace(self, entry=(example, head))
+
+    def block(self, queries: Tokens, keys: Tokens) -> Array:
+        example, head = self.entry
+        q, k = queries.start - self.origin[0], keys.start - self.origin[1]
+        wanted = (example, 1), (head, 1), (q, queries.size), (k, keys.size)
+        cuts = [(0, 1) if size == 1 else cut for size, cut in zip(self.array.shape, wanted, strict=True)]
+        starts = [jnp.asarray(start, jnp.int32) for start, _ in cuts]  # of one dtype, in 64 bits too
+        return jax.lax.dynamic_slice(self.array, starts, [size for _, size in cuts])[0, 0]
+
+
 class Combination(Mask):
     """A mask made of masks: what it says, and its bounds, follow from what they say and from theirs."""
 
+    operation: ClassVar[Callable[..., Any]]
+
+    @property
     def parts(self) -> tuple[Mask, ...]:
         """The masks that it is made of."""
-        raise NotImplementedError
+        return tuple(getattr(self, part.name) for part in fields(self))
 
-    def joined(self, *blocks: Array) -> Array:
-        """What it says, from what its parts say."""
-        raise NotImplementedError
-
-    def bounds(self, *tiles: Tiles) -> Tiles:
-        """Its bounds, from those of its parts."""
-        raise NotImplementedError
+    def merge_tiles(self, *tiles: Tiles) -> Tiles:
+        """Its bounds, from those of its parts: of what grows with them."""
+        nonempty, full = (self.operation(*static.aligned(*bounds)) for bounds in zip(*tiles, strict=True))
+        return Tiles(nonempty, full)
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
-        return self.joined(*(part.block(queries, keys) for part in self.parts()))
+        return self.operation(*static.aligned(*(part.block(queries, keys) for part in self.parts)))
 
-    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
-        return self.bounds(*(part.tiles(queries, keys, rows, columns) for part in self.parts()))
+    def tiles(self, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
+        return self.merge_tiles(*(part.tiles(queries, keys, block_q, block_k) for part in self.parts))
+
+    def indexed(self) -> tuple[bool, bool]:
+        queries, keys = zip(*(part.indexed() for part in self.parts), strict=True)
+        return any(queries), any(keys)
 
     def sizes(self) -> tuple[int | None, int | None]:
-        return functools.reduce(_agreed, (part.sizes() for part in self.parts()))
+        return functools.reduce(_agreed, (part.sizes() for part in self.parts))
 
-    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
-        return type(self)(*(part.laid_out(queries, keys, leading, padding) for part in self.parts()))
+    def prepare(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+        return type(self)(*(part.prepare(queries, keys, leading, padding) for part in self.parts))
 
-    def of(self, example: Array, head: Array) -> Mask:
-        return type(self)(*(part.of(example, head) for part in self.parts()))
+    def at(self, example: Array, head: Array) -> Mask:
+        return type(self)(*(part.at(example, head) for part in self.parts))
 
 
-@pytree
 class And(Combination):
     """Both masks allow it."""
 
     first: Mask
     second: Mask
+    operation = staticmethod(operator.and_)
 
-    def parts(self) -> tuple[Mask, ...]:
-        return self.first, self.second
-
-    def joined(self, *blocks: Array) -> Array:
-        first, second = static.aligned(*blocks)
-        return first & second
+    def add_to(self, found: Conditions) -> Conditions:
+        return self.second.add_to(self.first.add_to(found))
 
     def __repr__(self) -> str:
-        return " & ".join(f"({part!r})" if isinstance(part, Or) else repr(part) for part in self.parts())
-
-    def bounds(self, *tiles: Tiles) -> Tiles:
-        (some, others), (every, all_others) = map(static.aligned, *tiles)
-        return Tiles(some & others, every & all_others)
+        return " & ".join(f"({part!r})" if isinstance(part, Or) else repr(part) for part in self.parts)
 
 
-@pytree
 class Or(Combination):
     """At least one of the masks allows it."""
 
     first: Mask
     second: Mask
-
-    def parts(self) -> tuple[Mask, ...]:
-        return self.first, self.second
-
-    def joined(self, *blocks: Array) -> Array:
-        first, second = static.aligned(*blocks)
-        return first | second
+    operation = staticmethod(operator.or_)
 
     def __repr__(self) -> str:
         return f"{self.first!r} | {self.second!r}"
 
-    def bounds(self, *tiles: Tiles) -> Tiles:
-        (some, others), (every, all_others) = map(static.aligned, *tiles)
-        return Tiles(some | others, every | all_others)
 
-
-@pytree
 class Not(Combination):
     """The mask does not allow it."""
 
     mask: Mask
+    operation = staticmethod(operator.invert)
 
-    def parts(self) -> tuple[Mask, ...]:
-        return (self.mask,)
+    def merge_tiles(self, *tiles: Tiles) -> Tiles:
+        return Tiles(~tiles[0].full, ~tiles[0].nonempty)
 
-    def joined(self, *blocks: Array) -> Array:
-        return ~blocks[0]
+    def add_to(self, found: Conditions) -> Conditions:
+        return self.mask.mask.add_to(found) if isinstance(self.mask, Not) else super().add_to(found)
 
     def __repr__(self) -> str:
         return f"~({self.mask!r})" if isinstance(self.mask, And | Or) else f"~{self.mask!r}"
 
-    def bounds(self, *tiles: Tiles) -> Tiles:
-        return Tiles(~tiles[0].every, ~tiles[0].some)
 
-
-def unknown(queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
-    """The bounds of a mask about which nothing is known: some pairs of every tile, and not all."""
-    shape = static.grid(queries.size, keys.size, rows, columns)
-    return Tiles(np.ones(shape, bool), np.zeros(shape, bool))
-
-
-def on_grid(some: Any, every: Any, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
-    """Bounds that hold for whole rows or columns of tiles, [..., 1 or t_tiles, 1 or s_tiles], for every tile."""
-    shape = static.grid(queries.size, keys.size, rows, columns)
-    full = lambda bound: static.library(bound).broadcast_to(bound, (*bound.shape[:-2], *shape))  # noqa: E731
-    return Tiles(full(some), full(every))
-
-
-def known_tiles(mask: Mask | None, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+def known_tiles(mask: Mask | None, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
     """The bounds that hold whatever the values are that `jit` traces: NumPy arrays, always.
 
     `causal() & lengths(n)` with a traced n leaves out what is above the diagonal; what n leaves out is found at run
     time by `Mask.tiles`.
 
     Args:
-      mask: None is everybody to everybody.
-      queries, keys, rows, columns: as in `Mask.tiles`.
+      mask: None is every query to every key.
+      queries, keys, block_q, block_k: as in `Mask.tiles`.
     """
+    nothing = Mask().tiles(queries, keys, block_q, block_k)
     if mask is None:
-        bounds = unknown(queries, keys, rows, columns)
-        return Tiles(bounds.some, ~bounds.every)
+        return Tiles(nothing.nonempty, ~nothing.full)
     if isinstance(mask, Combination):
-        return mask.bounds(*(known_tiles(part, queries, keys, rows, columns) for part in mask.parts()))
+        return mask.merge_tiles(*(known_tiles(part, queries, keys, block_q, block_k) for part in mask.parts))
     if static.known(*jax.tree.leaves(mask)):
-        bounds = mask.tiles(queries, keys, rows, columns)
+        bounds = mask.tiles(queries, keys, block_q, block_k)
         if static.known(*bounds):
             return bounds
-    return unknown(queries, keys, rows, columns)
+    return nothing
 
 
 def _agreed(first: tuple, second: tuple) -> tuple[int | None, int | None]:

@@ -12,12 +12,13 @@ from jax.typing import ArrayLike
 
 from mhajax.arguments import kind_of
 from mhajax.masks import static
-from mhajax.masks.algebra import Mask, Tiles, Tokens, on_grid, pytree, uncalled
-from mhajax.masks.by_position import same
+from mhajax.masks.algebra import Mask, Pairs, uncalled
+from mhajax.masks.conditions import Conditions, smaller
 from mhajax.masks.static import across, aligned, apart, down
+from mhajax.masks.tiles import Tiles, equal, of_pairs, on_grid
+from mhajax.masks.tokens import Tokens
 
 
-@pytree
 class Lengths(Mask):
     """Keys with an index below the length."""
 
@@ -27,21 +28,23 @@ class Lengths(Mask):
         index, lengths = aligned(across(keys.index), apart(jnp.asarray(self.lengths)))
         return index < lengths
 
-    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+    def tiles(self, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
         lengths, start = static.numbers(self.lengths, keys.start)
-        begin = np.arange(0, keys.size, columns)
-        end = np.minimum(begin + columns, keys.size) - 1
+        begin = np.arange(0, keys.size, block_k)
+        end = np.minimum(begin + block_k, keys.size) - 1
         first, last, lengths = aligned(across(start + begin), across(start + end), apart(lengths))
-        return on_grid(first < lengths, last < lengths, queries, keys, rows, columns)
+        return on_grid(first < lengths, last < lengths, queries, keys, block_q, block_k)
 
-    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+    def add_to(self, found: Conditions) -> Conditions:
+        return found._replace(lengths=smaller(self.lengths, found.lengths))
+
+    def prepare(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
         return Lengths(static.flat(self.lengths, leading))
 
-    def of(self, example: Array, head: Array) -> Mask:
+    def at(self, example: Array, head: Array) -> Mask:
         return Lengths(static.entry(self.lengths, example))
 
 
-@pytree
 class Segments(Mask):
     """Queries and keys of the same segment."""
 
@@ -49,27 +52,28 @@ class Segments(Mask):
     keys: ArrayLike  # [S] or [..., S]
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
-        asking = jnp.asarray(_cut(self.queries, -1, queries))
-        answering = jnp.asarray(_cut(self.keys, -1, keys))
-        asking, answering = aligned(down(asking), across(answering))
-        return asking == answering
+        q, k = jnp.asarray(_cut(self.queries, -1, queries)), jnp.asarray(_cut(self.keys, -1, keys))
+        q, k = aligned(down(q), across(k))
+        return q == k
 
-    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
-        asking, answering = static.numbers(_cut(self.queries, -1, queries), _cut(self.keys, -1, keys))
-        return same(asking, answering, queries, keys, rows, columns)
+    def tiles(self, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
+        q, k = static.numbers(_cut(self.queries, -1, queries), _cut(self.keys, -1, keys))
+        return equal(q, k, queries, keys, block_q, block_k)
+
+    def add_to(self, found: Conditions) -> Conditions:
+        return super().add_to(found) if found.segments else found._replace(segments=(self.queries, self.keys))
 
     def sizes(self) -> tuple[int | None, int | None]:
         return jnp.shape(self.queries)[-1], jnp.shape(self.keys)[-1]
 
-    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+    def prepare(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
         longer = (static.longer(ids, -1, size) for ids, size in zip((self.queries, self.keys), padding, strict=True))
         return Segments(*(static.flat(ids, leading, axes=1) for ids in longer))
 
-    def of(self, example: Array, head: Array) -> Mask:
+    def at(self, example: Array, head: Array) -> Mask:
         return Segments(*(static.entry(ids, example, axes=1) for ids in (self.queries, self.keys)))
 
 
-@pytree
 class Dense(Mask):
     """Every pair written out."""
 
@@ -78,61 +82,16 @@ class Dense(Mask):
     def block(self, queries: Tokens, keys: Tokens) -> Array:
         return jnp.asarray(_cut(_cut(self.array, -2, queries), -1, keys))
 
-    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
+    def tiles(self, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
         (pairs,) = static.numbers(_cut(_cut(self.array, -2, queries), -1, keys))
-        return on_grid(*static.reduced(pairs, rows, columns), queries, keys, rows, columns)
+        return on_grid(*of_pairs(pairs, block_q, block_k), queries, keys, block_q, block_k)
 
     def sizes(self) -> tuple[int | None, int | None]:
         queries, keys = jnp.shape(self.array)[-2:]
         return None if queries == 1 else queries, None if keys == 1 else keys
 
-    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
-        return lay_out_pairs(jnp.asarray(self.array), (0, 0), leading, padding)
-
-
-@pytree
-class _Flat(Mask):
-    """Pairs written out, laid out for `of`."""
-
-    array: Array  # [B or 1, N or 1, T or 1, S or 1]
-    origin: tuple[Any, Any]  # index of the first query and of the first key
-
-    def of(self, example: Array, head: Array) -> Mask:
-        return _Entry(self.array, self.origin, example, head)
-
-
-@pytree
-class _Entry(Mask):
-    """One example and one head of pairs written out, cut out where they are looked at."""
-
-    array: Array
-    origin: tuple[Any, Any]
-    example: Array
-    head: Array
-
-    def block(self, queries: Tokens, keys: Tokens) -> Array:
-        wanted = (
-            (self.example, 1),
-            (self.head, 1),
-            (queries.start - self.origin[0], queries.size),
-            (keys.start - self.origin[1], keys.size),
-        )
-        places = [(0, 1) if size == 1 else place for size, place in zip(self.array.shape, wanted, strict=True)]
-        starts = [jnp.asarray(start, jnp.int32) for start, _ in places]  # of one dtype, in 64 bits too
-        return jax.lax.dynamic_slice(self.array, starts, [size for _, size in places])[0, 0]
-
-
-def lay_out_pairs(
-    pairs: Array, origin: tuple[ArrayLike, ArrayLike], leading: tuple[int, ...], padding: tuple[int, int]
-) -> Mask:
-    """Pairs [T, S] or [..., 1 or N, T, S], the first of which has the indices `origin`, as `Mask.laid_out` wants."""
-    for axis, size in zip((-2, -1), padding, strict=True):
-        pairs = pairs if pairs.shape[axis] == 1 else static.longer(pairs, axis, size)
-    pairs = pairs if pairs.ndim > 2 else pairs[None]
-    have = pairs.shape[:-3]
-    if have.count(1) < len(have):  # not shared by all examples
-        pairs = jnp.broadcast_to(pairs, (*leading, *pairs.shape[-3:]))
-    return _Flat(pairs.reshape(-1, *pairs.shape[-3:]), origin)
+    def prepare(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+        return Pairs(static.flat_pairs(jnp.asarray(self.array), leading, padding))
 
 
 def lengths(lengths: ArrayLike) -> Mask:
@@ -140,7 +99,7 @@ def lengths(lengths: ArrayLike) -> Mask:
 
     Args:
       lengths: number of real keys, an integer or integers [...] with the leading axes of the input. 0 is allowed: such
-        a row has nothing to attend to and gives exact zeros.
+        a row is fully masked and gives exact zeros.
 
     Raises:
       TypeError: if the lengths are not integers.
@@ -232,14 +191,14 @@ def _boolean(array: ArrayLike, who: str) -> Any:
 
 def _cut(array: Any, axis: int, part: Tokens) -> Any:
     """The entries of `part` along an axis, -1 or -2; an axis of 1 is shared by all tokens."""
-    have, size = array.shape[axis], part.size
-    if have == 1:
+    length, size = array.shape[axis], part.size
+    if length == 1:
         return array
     known = static.known(part.start)
     start = int(np.asarray(part.start)) if known else 0
-    if start + size > have:
+    if start + size > length:
         raise ValueError(
-            f"masks: a mask made for {have} tokens was asked about {size}"
+            f"masks: a mask made for {length} tokens was asked about {size}"
             f"{f' from {start}' if start else ''} ({'queries' if axis == -2 else 'tokens'}); "
             f"its array has the shape {array.shape}."
         )

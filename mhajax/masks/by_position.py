@@ -13,35 +13,42 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from mhajax.masks import static
-from mhajax.masks.algebra import Mask, Tiles, Tokens, brief, on_grid, pytree
-from mhajax.masks.static import across, aligned, apart, down
+from mhajax.masks.algebra import Mask, brief
+from mhajax.masks.conditions import Conditions, smaller
+from mhajax.masks.static import across, aligned, apart
+from mhajax.masks.tiles import Tiles, equal, extremes, extremes_of_pairs, on_grid
+from mhajax.masks.tokens import Tokens, positions, signed
 
 
 class _Shared(Mask):
-    """A mask without arrays that differ between examples or heads."""
+    """A mask that compares positions and has no arrays that differ between examples or heads."""
 
-    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+    def indexed(self) -> tuple[bool, bool]:
+        return False, False
+
+    def prepare(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
         return self
 
-    def of(self, example: Array, head: Array) -> Mask:
+    def at(self, example: Array, head: Array) -> Mask:
         return self
 
 
-@pytree
 class Causal(_Shared):
     """Key position ≤ query position."""
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
-        asking, answering = _positions(queries, keys)
-        return answering <= asking
+        q, k = positions(queries, keys)
+        return k <= q
 
-    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
-        asking, answering = static.numbers(queries.position, keys.position)
-        first_query, last_query, first_key, last_key = _extremes(asking, answering, rows, columns)
-        return on_grid(first_key <= last_query, last_key <= first_query, queries, keys, rows, columns)
+    def tiles(self, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
+        q, k = static.numbers(queries.position, keys.position)
+        first_q, last_q, first_k, last_k = extremes_of_pairs(q, k, block_q, block_k)
+        return on_grid(first_k <= last_q, last_k <= first_q, queries, keys, block_q, block_k)
+
+    def add_to(self, found: Conditions) -> Conditions:
+        return found._replace(causal=True)
 
 
-@pytree
 class Window(_Shared):
     """Query position - before ≤ key position ≤ query position + after."""
 
@@ -49,24 +56,28 @@ class Window(_Shared):
     after: ArrayLike  # []
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
-        asking, answering = _positions(queries, keys)
-        distance = _signed(asking) - _signed(answering)
+        q, k = positions(queries, keys)
+        distance = q - k
         return (distance <= jnp.asarray(self.before)) & (-distance <= jnp.asarray(self.after))
 
-    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
-        asking, answering, before, after = static.numbers(queries.position, keys.position, self.before, self.after)
-        first_query, last_query, first_key, last_key = _extremes(_signed(asking), _signed(answering), rows, columns)
-        least, most = first_query - last_key, last_query - first_key  # distances in the tile
-        some = (least <= before) & (-most <= after)
-        every = (most <= before) & (-least <= after)
-        return on_grid(some, every, queries, keys, rows, columns)
+    def tiles(self, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
+        q, k, before, after = static.numbers(queries.position, keys.position, self.before, self.after)
+        first_q, last_q, first_k, last_k = extremes_of_pairs(signed(q), signed(k), block_q, block_k)
+        least, most = first_q - last_k, last_q - first_k  # distances in the tile
+        nonempty = (least <= before) & (-most <= after)
+        full = (most <= before) & (-least <= after)
+        return on_grid(nonempty, full, queries, keys, block_q, block_k)
+
+    def add_to(self, found: Conditions) -> Conditions:
+        sides = zip((self.before, self.after), found.window or (None, None), strict=True)
+        before, after = (smaller(side, other) for side, other in sides)
+        return found._replace(window=(before, after))
 
     def __repr__(self) -> str:
         after = brief(self.after)
         return f"window(before={brief(self.before)}{'' if after == '0' else f', after={after}'})"
 
 
-@pytree
 class Prefix(Mask):
     """Key position < length."""
 
@@ -76,19 +87,18 @@ class Prefix(Mask):
         position, length = aligned(across(jnp.asarray(keys.position)), apart(jnp.asarray(self.length)))
         return position < length
 
-    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
-        answering, length = static.numbers(keys.position, self.length)
-        first, last, length = aligned(*map(across, static.extremes(answering, columns)), apart(length))
-        return on_grid(first < length, last < length, queries, keys, rows, columns)
+    def tiles(self, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
+        k, length = static.numbers(keys.position, self.length)
+        first, last, length = aligned(*map(across, extremes(k, block_k)), apart(length))
+        return on_grid(first < length, last < length, queries, keys, block_q, block_k)
 
-    def laid_out(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
+    def prepare(self, queries: Tokens, keys: Tokens, leading: tuple[int, ...], padding: tuple[int, int]) -> Mask:
         return Prefix(static.flat(self.length, leading))
 
-    def of(self, example: Array, head: Array) -> Mask:
+    def at(self, example: Array, head: Array) -> Mask:
         return Prefix(static.entry(self.length, example))
 
 
-@pytree
 class Chunk(_Shared):
     """Query position // size = key position // size."""
 
@@ -96,15 +106,14 @@ class Chunk(_Shared):
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
         size = jnp.asarray(self.size)
-        asking, answering = _positions(queries, keys)
-        return asking // size == answering // size
+        q, k = positions(queries, keys)
+        return q // size == k // size
 
-    def tiles(self, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
-        asking, answering, size = static.numbers(queries.position, keys.position, self.size)
-        return same(asking // size, answering // size, queries, keys, rows, columns)
+    def tiles(self, queries: Tokens, keys: Tokens, block_q: int, block_k: int) -> Tiles:
+        q, k, size = static.numbers(queries.position, keys.position, self.size)
+        return equal(q // size, k // size, queries, keys, block_q, block_k)
 
 
-@pytree
 class Function(_Shared):
     """What a function of one query and one key says."""
 
@@ -113,14 +122,14 @@ class Function(_Shared):
 
     def block(self, queries: Tokens, keys: Tokens) -> Array:
         pair = lambda q, k: jnp.asarray(self.mask_fn(q, k, *self.arrays))  # noqa: E731
-        return jnp.vectorize(pair)(*_positions(queries, keys))
+        return jnp.vectorize(pair)(*positions(queries, keys))
 
 
 def causal() -> Mask:
     """A query attends to keys at its own position and before: key position ≤ query position.
 
     Positions, not indices, are compared, so it is right for caches and for T ≠ S: with the default positions, query 0
-    sees key 0 only.
+    attends to key 0 only.
     """
     return Causal()
 
@@ -140,11 +149,8 @@ def window(before: ArrayLike, *, after: ArrayLike = 0) -> Mask:
       ValueError: if one is known to be negative.
 
     >>> tokens = Tokens(0, np.arange(4))
-    >>> window(1).block(tokens, tokens).astype(int)
-    Array([[1, 0, 0, 0],
-           [1, 1, 0, 0],
-           [0, 1, 1, 0],
-           [0, 0, 1, 1]], dtype=int32)
+    >>> window(1).block(tokens, tokens)[2].tolist()
+    [False, True, True, False]
 
     References:
       Beltagy et al. 2020, "Longformer", section 3.1 (their w is before + after). Jiang et al. 2023, "Mistral 7B",
@@ -157,7 +163,7 @@ def window(before: ArrayLike, *, after: ArrayLike = 0) -> Mask:
 
 
 def prefix(length: ArrayLike) -> Mask:
-    """Keys at positions below `length` are visible to all; `causal() | prefix(n)` reads a prompt in both directions.
+    """All attend to keys at positions below `length`; `causal() | prefix(n)` reads a prompt in both directions.
 
     Args:
       length: tokens of the prefix, an integer or integers [...] with the leading axes of the input.
@@ -189,7 +195,7 @@ def chunk(size: ArrayLike) -> Mask:
 def function(mask_fn: Callable[..., Any], *arrays: Any) -> Mask:
     """A mask of your own, written for one query and one key.
 
-    Nothing is known about it before it is called, so a kernel looks at every tile. Where it has a bound, say so with
+    Nothing is known about it before it is called, so a kernel evaluates every tile. Where it has a bound, say so with
     another mask: `function(mask_fn) & window(512)` leaves out what is further away.
 
     Args:
@@ -202,11 +208,8 @@ def function(mask_fn: Callable[..., Any], *arrays: Any) -> Mask:
 
     >>> tokens = Tokens(0, np.arange(4))
     >>> dilated = function(lambda q, k, step: (q - k) % step == 0, 2)
-    >>> dilated.block(tokens, tokens).astype(int)
-    Array([[1, 0, 1, 0],
-           [0, 1, 0, 1],
-           [1, 0, 1, 0],
-           [0, 1, 0, 1]], dtype=int32)
+    >>> dilated.block(tokens, tokens)[3].tolist()
+    [False, True, False, True]
 
     References:
       Dong et al. 2024, "Flex Attention" (their mask_mod, which is also given batch and head).
@@ -226,29 +229,6 @@ def function(mask_fn: Callable[..., Any], *arrays: Any) -> Mask:
             f"got {got}; return a comparison such as k <= q, combined with & and |."
         )
     return Function(mask_fn, arrays)
-
-
-def same(asking: Any, answering: Any, queries: Tokens, keys: Tokens, rows: int, columns: int) -> Tiles:
-    """Bounds where a pair is allowed if a number of the query, [..., t], equals one of the key, [..., s]."""
-    least_query, most_query, least_key, most_key = _extremes(asking, answering, rows, columns)
-    some = (least_query <= most_key) & (least_key <= most_query)
-    every = (least_query == most_key) & (least_key == most_query)
-    return on_grid(some, every, queries, keys, rows, columns)
-
-
-def _positions(queries: Tokens, keys: Tokens) -> tuple[Any, ...]:
-    """Positions of the queries as a column and of the keys as a row, of the same rank."""
-    return aligned(down(jnp.asarray(queries.position)), across(jnp.asarray(keys.position)))
-
-
-def _extremes(asking: Any, answering: Any, rows: int, columns: int) -> tuple[Any, ...]:
-    """Smallest and largest number of every tile's queries, as columns, and of its keys, as rows, of the same rank."""
-    return aligned(*map(down, static.extremes(asking, rows)), *map(across, static.extremes(answering, columns)))
-
-
-def _signed(positions: Any) -> Any:
-    """Positions that can be subtracted: unsigned ones would wrap around below 0."""
-    return positions.astype(np.promote_types(positions.dtype, np.int32))
 
 
 def _integer(who: str, name: str, value: ArrayLike, least: int, hint: str, scalar: bool = True) -> ArrayLike:

@@ -36,35 +36,6 @@ def given(value: Any) -> Any:
         return jnp.asarray(value)
 
 
-def grid(num_queries: int, num_keys: int, rows: int, columns: int) -> tuple[int, int]:
-    """How many tiles of rows × columns cover so many queries and keys."""
-    return -(-num_queries // rows), -(-num_keys // columns)
-
-
-def extremes(values: Any, size: int) -> tuple[Any, Any]:
-    """Smallest and largest of every `size` neighbours, [..., t] → [..., ceil(t / size)]; the last may be fewer."""
-    xp = library(values)
-    missing = -values.shape[-1] % size
-    padded = xp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)], mode="edge")
-    runs = padded.reshape(*values.shape[:-1], -1, size)
-    return runs.min(-1), runs.max(-1)
-
-
-def reduced(pairs: Any, rows: int, columns: int) -> tuple[Any, Any]:
-    """Any and all over every tile, [..., t, s] → [..., t_tiles, s_tiles]; an axis of 1 stays."""
-    xp = library(pairs)
-    *leading, t, s = pairs.shape
-    rows, columns = (1 if t == 1 else rows), (1 if s == 1 else columns)
-    t_tiles, s_tiles = grid(t, s, rows, columns)
-    missing = [(0, 0)] * len(leading) + [(0, t_tiles * rows - t), (0, s_tiles * columns - s)]
-
-    def tiled(outside: bool) -> Any:
-        padded = xp.pad(pairs, missing, constant_values=outside)
-        return padded.reshape(*leading, t_tiles, rows, s_tiles, columns)
-
-    return tiled(False).any((-3, -1)), tiled(True).all((-3, -1))
-
-
 def down(values: Any) -> Any:
     """Values of the queries, [t] or [..., t], as a column that broadcasts over heads and keys."""
     return values[:, None] if values.ndim == 1 else values[..., None, :, None]
@@ -93,6 +64,16 @@ def flat(values: Any, leading: tuple[int, ...], axes: int = 0) -> Any:
         return values
     own = values.shape[values.ndim - axes :]
     return jnp.broadcast_to(values, (*leading, *own)).reshape(-1, *own)
+
+
+def flat_pairs(pairs: Any, leading: tuple[int, ...], padding: tuple[int, int]) -> Any:
+    """Pairs [T, S] or [..., 1 or N, T, S] as [B or 1, 1 or N, T or 1, S or 1], with padding."""
+    for axis, size in zip((-2, -1), padding, strict=True):
+        pairs = pairs if pairs.shape[axis] == 1 else longer(pairs, axis, size)
+    pairs = pairs if pairs.ndim > 2 else pairs[None]
+    if any(size != 1 for size in pairs.shape[:-3]):  # not shared by all examples
+        pairs = jnp.broadcast_to(pairs, (*leading, *pairs.shape[-3:]))
+    return pairs.reshape(-1, *pairs.shape[-3:])
 
 
 def entry(values: Any, example: jax.Array, axes: int = 0) -> Any:
