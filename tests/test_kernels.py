@@ -306,7 +306,7 @@ def test_the_loops_run_over_what_the_mask_leaves(traced):
     def visits(lengths):
         mask, tokens = masks.causal() & masks.lengths(lengths), masks.tokens(12)
         inputs = Inputs(*heads, tokens, tokens, mask, tiling=Tiling(2, 4, 4))
-        context = layout.lay_out(layout.static_of(inputs), inputs)[1]
+        context = layout.lay_out(inputs)[2]
         return context.order, context.full, context.nonempty
 
     order, full, nonempty = (jax.jit(visits) if traced else visits)(np.array([12, 5]))

@@ -15,7 +15,7 @@ import pytest
 from tiers import tiered
 
 from mhajax import attention, kernels, masks, scores
-from mhajax.kernels import choice, contract, ring, varying
+from mhajax.kernels import Inputs, choice, contract, ring, varying
 from mhajax.kernels.external import cudnn, guard, splash
 from mhajax.masks import Tokens, tokens
 
@@ -164,7 +164,7 @@ def test_the_arguments_for_cudnn_say_what_the_mask_says(name):
     if mask is not None:
         v[0, :, 10] = np.where(name.endswith("lengths") or "0" in name, np.nan, v[0, :, 10])  # behind the length
     call = functools.partial(cudnn.call, mask=mask, scale=0.3, implementation="xla")
-    got = with_gradients(lambda q, k, v: guard.around(call, q, k, v, mask))(q, k, v)
+    got = with_gradients(lambda q, k, v: guard.around(call, Inputs(q, k, v, tokens(T), tokens(s), mask)))(q, k, v)
     assert_close(got, with_gradients(attend(s=s, mask=mask, scale=0.3, kernel="dense"))(q, k, v))
 
 

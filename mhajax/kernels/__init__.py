@@ -66,8 +66,7 @@ def attend(
       q: queries [..., N, T, H].
       k: keys [..., K, S, H]; query head n uses key head n // (N/K).
       v: values [..., K, S, Hv].
-      queries: indices and positions of the T queries; 0, 1, 2, … if None.
-      keys: indices and positions of the S keys; 0, 1, 2, … if None.
+      queries, keys: indices and positions of the T queries and of the S keys; 0, 1, 2, … if None.
       mask: which query may attend to which key; None: every one to every one.
       bias: added to the logits, broadcasts to [..., N, T, S]; -inf masks.
       score: function (score, head, q_position, k_position) → score of one scaled product, before bias and mask; what it
@@ -174,21 +173,10 @@ def of_heads(array: Array, selection: Capture) -> Array:
 
 
 def explain(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    queries: Tokens | None = None,
-    keys: Tokens | None = None,
-    platform: str | None = None,
-    kernel: str | Path = "auto",
-    mask: Mask | None = None,
-    bias: Any = None,
-    score: Callable | None = None,
-    dropout_rate: float = 0.0,
-    capture: Sequence[str] = (),
-    cached: bool = False,
-) -> Choice:
+    q: Any, k: Any, v: Any, *, queries: Tokens | None = None, keys: Tokens | None = None, platform: str | None = None,
+    kernel: str | Path = "auto", mask: Mask | None = None, bias: Any = None, score: Callable | None = None,
+    dropout_rate: float = 0.0, capture: Sequence[str] = (), cached: bool = False,
+) -> Choice:  # fmt: skip
     """Which path `attend` takes for these arguments, and why; print it.
 
     Args:

@@ -46,11 +46,6 @@ class Request(NamedTuple):
         return math.prod(self.q.shape[:-2])
 
     @property
-    def group(self) -> int:
-        """N/K."""
-        return self.q.shape[-3] // self.k.shape[-3]
-
-    @property
     def few(self) -> bool:
         """Whether the logits are so few that it does not pay to avoid holding them."""
         length, num_keys = self.q.shape[-2], self.k.shape[-2]
@@ -122,13 +117,16 @@ class Path(Protocol):
     """
 
     def refusal(self, request: Request, /) -> str:
-        """Why it cannot do this, as it is told to who asks for it by name; "" if it can."""
+        """Why it cannot do this, which is for whatever `attend` does not read; "" if it can."""
+        ...
 
     def reluctance(self, request: Request, /) -> str:
         """Why "auto" does not take it though it can; "" if it may."""
+        ...
 
     def attend(self, inputs: Inputs, /) -> tuple[Array, LogSumExp | None]:
         """The heads' outputs [..., N, T, Hv] in the dtype of v, and their log-sum-exp [..., N, T] if it has one."""
+        ...
 
 
 class Choice(NamedTuple):

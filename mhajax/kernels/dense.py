@@ -50,15 +50,13 @@ def capture(inputs: Inputs) -> dict[str, Array]:
 def _guarded(inputs: Inputs, names: Sequence[str]) -> tuple[Array, dict[str, Any]]:
     """`_lifted`, with what is non-finite kept where it may be seen."""
     if not inputs.guarded:
-        return _lifted(inputs, names, moderate=not inputs.cached)
-    mask, bias, queries, keys = inputs.mask, inputs.bias, inputs.queries, inputs.keys
-    q, k, v, nonfinite = finite.heal(inputs.q, inputs.k, inputs.v)
-    heads, captured = _lifted(inputs._replace(q=q, k=k, v=v), names, moderate=True)
-    rows = finite.reached(nonfinite, mask, bias, queries, keys, q.shape)
-    return finite.mark(heads, captured, rows, nonfinite, mask, bias, queries, keys)
+        return _lifted(inputs, names, bounded=not inputs.cached)
+    q, k, v, nonfinite = finite.replace_nonfinite(inputs.q, inputs.k, inputs.v)
+    heads, captured = _lifted(inputs._replace(q=q, k=k, v=v), names, bounded=True)
+    return finite.mark(heads, captured, finite.reached(nonfinite, inputs), nonfinite, inputs)
 
 
-def _lifted(inputs: Inputs, names: Sequence[str], moderate: bool) -> tuple[Array, dict[str, Any]]:
+def _lifted(inputs: Inputs, names: Sequence[str], bounded: bool) -> tuple[Array, dict[str, Any]]:
     """`attend_head` over heads and examples, and what it captures."""
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
     *leading, num_heads, length, width = q.shape
@@ -74,13 +72,13 @@ def _lifted(inputs: Inputs, names: Sequence[str], moderate: bool) -> tuple[Array
     kept = None
     if inputs.dropout_key is not None and inputs.dropout_rate:
         kept = dropout.keep(inputs.dropout_key, inputs.dropout_rate, full)
-    of_pairs = None if inputs.score is None else score.lift(inputs.score)
+    of_pairs: Any = None if inputs.score is None else score.lift(inputs.score)
 
     def one_head(q, k, v, allowed, bias, kept, head, q_position, k_position):
         scored = None if of_pairs is None else lambda x: of_pairs(x, head, q_position, k_position, *inputs.constants)
         return attend_head(
             q, k, v, allowed, bias, kept, scored,
-            scale=inputs.scale, dropout_rate=inputs.dropout_rate, capture=names, moderate=moderate,
+            scale=inputs.scale, dropout_rate=inputs.dropout_rate, capture=names, bounded=bounded,
         )  # fmt: skip
 
     # Heads as [B, K, G]: what is shared is mapped over none of the axes that share it.
@@ -99,19 +97,10 @@ def _lifted(inputs: Inputs, names: Sequence[str], moderate: bool) -> tuple[Array
 
 
 def attend_head(
-    q: Array,
-    k: Array,
-    v: Array,
-    allowed: Array | None = None,
-    bias: Array | None = None,
-    kept: Array | None = None,
-    score: Callable[[Array], Array] | None = None,
-    *,
-    scale: float,
-    dropout_rate: float = 0.0,
-    capture: Sequence[str] = (),
-    moderate: bool = False,
-) -> tuple[Array, dict[str, Any]]:
+    q: Array, k: Array, v: Array, allowed: Array | None = None, bias: Array | None = None, kept: Array | None = None,
+    score: Callable[[Array], Array] | None = None, *, scale: float, dropout_rate: float = 0.0,
+    capture: Sequence[str] = (), bounded: bool = False,
+) -> tuple[Array, dict[str, Any]]:  # fmt: skip
     """One head of one sequence.
 
     Args:
@@ -125,7 +114,7 @@ def attend_head(
       scale: factor of the products.
       dropout_rate: fraction of the weights that is dropped.
       capture: "logits", "weights", "log_sum_exp".
-      moderate: the products of q and k are known to be finite, so that -inf may be added to what is hidden.
+      bounded: the products of q and k are known to be finite, so that -inf may be added to what is hidden.
 
     Returns:
       [T, Hv] in the dtype of v, and what is captured: arrays [T, S], or a `LogSumExp`.
@@ -138,7 +127,7 @@ def attend_head(
     if bias is not None:
         logits = logits + bias
     if allowed is not None:  # a sum stays in one loop with the products, a choice does not
-        logits = _hidden(logits, allowed) if moderate and score is None else jnp.where(allowed, logits, -jnp.inf)
+        logits = _hidden(logits, allowed) if bounded and score is None else jnp.where(allowed, logits, -jnp.inf)
     # The softmax of this path divides after the product; `rowwise` wants weights, and `blockwise` has a running sum.
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     if allowed is not None:  # bounds, not choices: the compiler can take them and both products as one loop

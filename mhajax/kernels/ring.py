@@ -49,27 +49,14 @@ class _Operands(NamedTuple):
     constants: tuple[Array, ...]  # of the score function
 
 
-class _Context(NamedTuple):
-    """What has none."""
-
-    mask: Mask | None
-    queries: Tokens
-    keys: Tokens
+_Context = tuple[Mask | None, Tokens, Tokens]  # what has none: the mask, queries and keys
 
 
 def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    axis_name: str,
-    queries: Tokens | None = None,
-    keys: Tokens | None = None,
-    mask: Mask | None = None,
-    score: Callable[[Any, Any, Any, Any], Any] | None = None,
-    scale: float | Array | None = None,
-    kernel: str = "auto",
-) -> tuple[Array, Array]:
+    q: Array, k: Array, v: Array, *, axis_name: str, queries: Tokens | None = None, keys: Tokens | None = None,
+    mask: Mask | None = None, score: Callable[[Any, Any, Any, Any], Any] | None = None,
+    scale: float | Array | None = None, kernel: str = "auto",
+) -> tuple[Array, Array]:  # fmt: skip
     """What `kernels.attend` gives for the whole sequence: this device's part of it. Call it inside `shard_map`:
 
         cut = PartitionSpec(None, None, "sequence", None)
@@ -110,14 +97,15 @@ def attend(
     queries = _tokens(axis_name, q.shape[-2], queries)
     keys = _tokens(axis_name, k.shape[-2], keys)
     static = _Static(axis_name, kernel, scale, score)
-    whole: Any = lambda operands: _attend(static, operands, _Context(mask, queries, keys))  # noqa: E731
+    whole: Any = lambda operands: _attend(static, operands, (mask, queries, keys))  # noqa: E731
     if mask is None:
         heads, log_sums = whole(_Operands(q, k, v, constants))
         return heads, log_sums.whole
-    q, k, v, nonfinite = finite.heal(q, k, v)
+    q, k, v, nonfinite = finite.replace_nonfinite(q, k, v)
     heads, log_sums = whole(_Operands(q, k, v, constants))
     rows = _reached(axis_name, nonfinite, mask, queries, keys)
-    heads, captured = finite.mark(heads, {"log_sum_exp": log_sums}, rows, nonfinite, mask, None, queries, keys)
+    inputs = Inputs(q, k, v, queries, keys, mask)
+    heads, captured = finite.mark(heads, {"log_sum_exp": log_sums}, rows, nonfinite, inputs)
     return heads, captured["log_sum_exp"].whole
 
 
@@ -224,7 +212,7 @@ def _backward(static: _Static, saved: tuple, cotangents: tuple) -> tuple:
 _attend.defvjp(_forward, _backward)
 
 
-def _reached(axis_name: str, nonfinite: finite.Spoilt, mask: Mask, queries: Tokens, keys: Tokens) -> Array:
+def _reached(axis_name: str, nonfinite: finite.NonFinite, mask: Mask, queries: Tokens, keys: Tokens) -> Array:
     """This device's queries that see something non-finite anywhere, bool [..., N, T]."""
 
     def stop(travelling: tuple, rows: Array) -> tuple[tuple, Array]:

@@ -31,13 +31,7 @@ def check_full_rank(name: str, array: Array, full: tuple[int, ...], axes: str = 
 
 
 def flatten_leading(array: Array, leading: Sequence[int], groups: tuple[int, ...] | None = None) -> Array:
-    """[..., 1 or N, t, s] to [B or 1, 1 or N, t, s].
-
-    Args:
-      array: with all leading axes, 1 where it is shared.
-      leading: their sizes, whose product is B.
-      groups: K and N/K, for [B or 1, K or 1, N/K or 1, t, s].
-    """
+    """[..., 1 or N, t, s] to [B or 1, 1 or N, t, s]; with groups (K, N/K) to [B or 1, K or 1, N/K or 1, t, s]."""
     *have, heads, t, s = array.shape
     if math.prod(have) not in (1, math.prod(leading)):  # only some of the leading axes are shared
         array, have = jnp.broadcast_to(array, (*leading, heads, t, s)), leading

@@ -60,8 +60,7 @@ def attend(inputs: Inputs) -> tuple[Array, LogSumExp]:
     if 0 in leading:  # no examples, no tiles
         nothing = jnp.zeros(q.shape[:-1], jnp.promote_types(q.dtype, jnp.float32))
         return jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype), LogSumExp(nothing, nothing - jnp.inf)
-    static = layout.static_of(inputs)
-    operands, context = layout.lay_out(static, inputs)
+    static, operands, context = layout.lay_out(inputs)
     known, arrays = layout.split(context)
     results: Any = passes.attend((static, inputs.values_at_once, known), operands, arrays)
     heads, log_sums = results
@@ -80,15 +79,13 @@ def _tiling(request: Request) -> Tiling:
     else:  # fill the machine: all heads at once, as far as their logits stay below 256 MiB
         block_q, block_k = _even(length, 512), _even(num_keys, 512)
         room = max(1, 2**26 // (block_q * block_k))
-    return Tiling(_fit(request.batch_heads, room, request.group), block_q, block_k)
+    return Tiling(_fit(request.batch_heads, room, request.q.shape[-3] // request.k.shape[-3]), block_q, block_k)
 
 
 def _fit(batch_heads: int, most: int, group: int) -> int:
     """The largest number up to `most` that divides the batch-heads, and the group or is a multiple of it."""
-    fits = [
-        n for n in range(1, min(batch_heads, most) + 1) if batch_heads % n == 0 and (group % n == 0 or n % group == 0)
-    ]
-    return max(fits, default=1)
+    fits = lambda n: batch_heads % n == 0 and (group % n == 0 or n % group == 0)  # noqa: E731
+    return max(filter(fits, range(1, min(batch_heads, most) + 1)), default=1)
 
 
 def _values_at_once(request: Request) -> int:

@@ -55,19 +55,14 @@ class Context(NamedTuple):
     words: Any  # the dropout's, [2]; None without
 
 
-def static_of(inputs: Inputs) -> Static:
-    """What of the inputs is static."""
+def lay_out(inputs: Inputs) -> tuple[Static, Operands, Context]:
+    """Inputs in the form that the loops take."""
     assert inputs.tiling is not None  # this path has planned one
     *leading, num_heads, length, _ = inputs.q.shape
-    rate = 0.0 if inputs.dropout_key is None else inputs.dropout_rate
-    return Static(
-        inputs.tiling, tuple(leading), num_heads, length, inputs.k.shape[-2], inputs.scale, rate, inputs.score,
-        inputs.guarded,
+    static = Static(
+        inputs.tiling, tuple(leading), num_heads, length, inputs.k.shape[-2], inputs.scale,
+        0.0 if inputs.dropout_key is None else inputs.dropout_rate, inputs.score, inputs.guarded,
     )  # fmt: skip
-
-
-def lay_out(static: Static, inputs: Inputs) -> tuple[Operands, Context]:
-    """Inputs in the form that the loops take."""
     pad_q, pad_k = -static.num_queries % static.tiling.block_q, -static.num_keys % static.tiling.block_k
     flat = lambda a, pad: _pad(a.reshape(-1, *a.shape[-2:]), -2, pad)  # noqa: E731
     mask, queries, keys = inputs.mask, inputs.queries, inputs.keys
@@ -80,12 +75,10 @@ def lay_out(static: Static, inputs: Inputs) -> tuple[Operands, Context]:
         None if mask is None else mask.laid_out(queries, keys, static.leading, (pad_q, pad_k)),
         queries._replace(position=_pad(queries.position, -1, pad_q)),
         keys._replace(position=_pad(keys.position, -1, pad_k)),
-        order,
-        full,
-        nonempty,
+        order, full, nonempty,
         dropout.words(inputs.dropout_key) if static.dropout_rate and inputs.dropout_key is not None else None,
-    )
-    return operands, context
+    )  # fmt: skip
+    return static, operands, context
 
 
 def in_one_tile(static: Static, operands: Operands, context: Context, batch_heads: int) -> tuple[Static, Context]:
@@ -104,8 +97,9 @@ class Known:
     Two of them are equal only if they are the same, which is enough for what is traced once.
     """
 
-    def __init__(self, structure: Any, leaves: tuple):
-        self._structure, self._leaves = structure, leaves
+    def __init__(self, tree: Any):
+        leaves, self._structure = jax.tree.flatten(tree)
+        self._leaves = [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
 
     def merge(self, arrays: Arrays) -> Any:
         """The tree, with these arrays."""
@@ -114,13 +108,8 @@ class Known:
 
 
 def split(tree: Any) -> tuple[Known, Arrays]:
-    """The arrays of a tree, and the rest of it."""
-    leaves, structure = jax.tree.flatten(tree)
-    ours = [isinstance(leaf, jax.Array) for leaf in leaves]
-    rest = tuple(None if is_ours else leaf for leaf, is_ours in zip(leaves, ours, strict=True))
-    return Known(structure, rest), tuple(
-        finite.own(leaf) for leaf, is_ours in zip(leaves, ours, strict=True) if is_ours
-    )
+    """The rest of a tree, and its arrays."""
+    return Known(tree), tuple(finite.own(leaf) for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
 
 
 def _pad(array: Any, axis: int, size: int) -> Any:

@@ -31,14 +31,14 @@ def attend(fixed: _Fixed, operands: Operands, arrays: layout.Arrays) -> tuple[Ar
     def reached(operands: Operands, arrays: layout.Arrays) -> Array:
         nobody = lambda: jnp.zeros_like(operands.q[..., 0], bool)  # noqa: E731
         search = partial(tiles.reached, static, operands, known.merge(arrays))
-        return jax.lax.cond(finite.moderate(*operands[:3]), nobody, search)
+        return jax.lax.cond(finite.all_finite(*operands[:3]), nobody, search)
 
     def whole_rows(operands: Operands, arrays: layout.Arrays) -> tuple[Array, LogSumExp]:
         context = known.merge(arrays)
         whole = _cut(static, at_once, operands, context)
         unguarded = partial(_forward, whole[0]._replace(guarded=False), *whole[1:])
         marked = lambda: _marked(*whole, tiles.reached(static, operands, context))  # noqa: E731
-        return jax.lax.cond(finite.moderate(*operands[:3]), unguarded, marked)
+        return jax.lax.cond(finite.all_finite(*operands[:3]), unguarded, marked)
 
     # Under a plain `vmap` both branches would be computed for every example.
     one_by_one = jax.custom_batching.sequential_vmap
@@ -110,8 +110,7 @@ def _forward(static: Static, operands: Operands, context: Context) -> tuple[Arra
         return jax.tree.map(tiles.merge_blocks, times(one_block, operands.q.shape[1] // block_q))
 
     chunks = times(one_chunk, operands.q.shape[0] // batch_heads)
-    out, log_sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), chunks)
-    return out, log_sums
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), chunks)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

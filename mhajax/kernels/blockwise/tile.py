@@ -103,7 +103,7 @@ def cut_tokens(static: Static, array: Array, index: Array, size: int, limit: flo
     It is copied anyway, so that this costs little; `reached` says who must not be told the result.
     """
     block = cut(array, 1, index, size)
-    return finite.healed(block, limit)[0] if static.guarded else block
+    return finite.replace_rows(block, limit)[0] if static.guarded else block
 
 
 def reached(static: Static, operands: Operands, context: Context) -> Array:
@@ -111,7 +111,7 @@ def reached(static: Static, operands: Operands, context: Context) -> Array:
     batch_heads, block_q, block_k = static.tiling
     q, k, v, *_ = operands
     bad_q, bad_k, bad_v = (
-        finite.healed(a, most)[1] for a, most in ((q, finite.limit(q)), (k, finite.limit(k)), (v, math.inf))
+        finite.replace_rows(a, most)[1] for a, most in ((q, finite.limit(q)), (k, finite.limit(k)), (v, math.inf))
     )
 
     def one_chunk(index: Array) -> Array:

@@ -64,9 +64,7 @@ def reluctance(request: Request) -> str:
 
 def attend(inputs: Inputs) -> tuple[Array, None]:
     """The heads' outputs [..., N, T, H] in the dtype of v, for conditions that `refusal` lets through."""
-    mask, scale = inputs.mask, inputs.scale
-    kernel = lambda q, k, v: call(q, k, v, mask, scale, "cudnn")  # noqa: E731
-    return guard.around(kernel, inputs.q, inputs.k, inputs.v, mask), None
+    return guard.around(lambda q, k, v: call(q, k, v, inputs.mask, inputs.scale, "cudnn"), inputs), None
 
 
 def call(q: Array, k: Array, v: Array, mask: Mask | None, scale: float, implementation: Any) -> Array:

@@ -13,7 +13,7 @@ from jax import Array
 
 from mhajax import masks
 from mhajax.kernels import finite
-from mhajax.kernels.contract import CACHED, Request
+from mhajax.kernels.contract import CACHED, Inputs, Request
 from mhajax.masks import Mask, Tokens
 
 ROWS = 512  # queries at a time, lest all pairs are in memory
@@ -42,34 +42,28 @@ def refusal(who: str, request: Request) -> str:
     return ""
 
 
-def around(kernel: Callable[[Array, Array, Array], Array], q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
+def around(kernel: Callable[[Array, Array, Array], Array], inputs: Inputs) -> Array:
     """The heads' outputs of a kernel that knows a mask by index, [..., N, T, Hv], made to keep the promises.
 
     Args:
       kernel: (q, k, v) → heads; whatever it gives for a fully masked query must be finite.
-      q: [..., N, T, H].
-      k: [..., K, S, H].
-      v: [..., K, S, Hv].
-      mask: causal, window, lengths and segments, all of which may be asked by index.
+      inputs: with a mask of causal, window, lengths and segments, all of which may be asked by index.
     """
-    if mask is None:
+    q, k, v, *_ = inputs
+    if inputs.mask is None:
         return kernel(q, k, v)
-    queries, keys = masks.tokens(q.shape[-2]), masks.tokens(k.shape[-2])
-    q, k, v, nonfinite = finite.heal(q, k, v)
+    mask, queries, keys = inputs.mask, masks.tokens(q.shape[-2]), masks.tokens(k.shape[-2])
+    q, k, v, nonfinite = finite.replace_nonfinite(q, k, v)
     heads = kernel(q, k, v)
     found = masks.conditions(mask)
     if found.lengths is not None or found.segments is not None or queries.size > keys.size:
-        heads = jnp.where(sees_some(mask, queries, keys)[..., None], heads, 0)
+        visible = _any_key(lambda part, _: mask.block(part, keys), queries)  # [T] or [..., 1 or N, T]
+        heads = jnp.where(visible[..., None], heads, 0)
     rows = reached(nonfinite, mask, queries, keys)
-    return finite.mark(heads, {}, rows, nonfinite, mask, None, queries, keys)[0]
+    return finite.mark(heads, {}, rows, nonfinite, inputs)[0]
 
 
-def sees_some(mask: Mask, queries: Tokens, keys: Tokens) -> Array:
-    """Queries that may attend to something, bool [T] or [..., 1 or N, T]."""
-    return _any_key(lambda part, _: mask.block(part, keys), queries)
-
-
-def reached(nonfinite: finite.Spoilt, mask: Mask, queries: Tokens, keys: Tokens) -> Array:
+def reached(nonfinite: finite.NonFinite, mask: Mask, queries: Tokens, keys: Tokens) -> Array:
     """Queries that see something non-finite, bool [..., N, T]. Pairs are looked at only if there is anything."""
 
     def pairs(part: Tokens, start: Array) -> Array:

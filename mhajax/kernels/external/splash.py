@@ -59,8 +59,7 @@ def reluctance(request: Request) -> str:
 
 def attend(inputs: Inputs) -> tuple[Array, None]:
     """The heads' outputs [..., N, T, Hv] in the dtype of v, for conditions that `refusal` lets through."""
-    mask, scale = inputs.mask, inputs.scale
-    return guard.around(lambda q, k, v: _call(q, k, v, mask, scale), inputs.q, inputs.k, inputs.v, mask), None
+    return guard.around(lambda q, k, v: _call(q, k, v, inputs.mask, inputs.scale), inputs), None
 
 
 def _call(q: Array, k: Array, v: Array, mask: Mask | None, scale: float) -> Array:

@@ -34,14 +34,9 @@ def attend(inputs: Inputs) -> tuple[Array, LogSumExp]:
 
 
 def capture(
-    inputs: Inputs,
-    names: Sequence[str],
-    *,
-    heads: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
-    log_sums: LogSumExp | None = None,
-    real: Array | None = None,
-) -> dict[str, Any]:
+    inputs: Inputs, names: Sequence[str], *, heads: Sequence[int] | None = None, rows: Sequence[int] | None = None,
+    log_sums: LogSumExp | None = None, real: Array | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What some heads and some queries compute.
 
     Args:
@@ -152,7 +147,7 @@ def _logits(
     """Logits of a block [b, n, t, S], -inf where masked; and which pairs may attend, None: all."""
     logits = precision.einsum("bnth,bnsh->bnts", query_side.q, key_side.k) * inputs.scale
     if inputs.score is not None:
-        logits = _scored(inputs, logits, query_side, key_side, selection.heads_of(first))
+        logits = _scored(inputs.score, inputs.constants, logits, query_side, key_side, selection.heads_of(first))
     allowed = query_side.allowed if inputs.mask is None else layout.allowed(inputs.mask, first, inputs, selection)
     also = lambda visible: visible if allowed is None else allowed & visible  # noqa: E731
     if query_side.bias is not None:
@@ -162,16 +157,14 @@ def _logits(
     if query_side.logits is not None:
         value, amount = query_side.logits
         hidden = value == -jnp.inf
-        allowed = also(~(hidden & (amount != 0)))
-        logits = patches.mix(logits, jnp.where(hidden, 0, value), amount)
+        allowed, logits = also(~(hidden & (amount != 0))), patches.mix(logits, jnp.where(hidden, 0, value), amount)
     return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf), allowed
 
 
-def _scored(inputs: Inputs, logits: Array, query_side: QuerySide, key_side: KeySide, heads: Array) -> Array:
+def _scored(score: Any, constants: tuple, logits: Array, query_side: QuerySide, key_side: KeySide, heads: Any) -> Array:
     """The score of every pair of a block."""
-    assert inputs.score is not None
-    of_pairs = scores.lift(inputs.score)
-    one_head = lambda x, head, q, k: of_pairs(x, head, q, k, *inputs.constants)  # noqa: E731
+    of_pairs = scores.lift(score)
+    one_head = lambda x, head, q, k: of_pairs(x, head, q, k, *constants)  # noqa: E731
     one_example = jax.vmap(one_head, in_axes=(0, 0, None, None))
     positions = query_side.position[:, 0, :, 0], key_side.position[:, 0, 0]
     positions = (jnp.broadcast_to(a, (logits.shape[0], a.shape[-1])) for a in positions)

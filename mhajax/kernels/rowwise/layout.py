@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mhajax.interventions import Patch
 from mhajax.kernels import finite, patches, shapes
 from mhajax.kernels.contract import Inputs
 from mhajax.kernels.log_sum_exp import LogSumExp
@@ -109,29 +108,25 @@ def lay_out(
     inputs: Inputs, selection: Selection, log_sums: LogSumExp | None, real: Array | None
 ) -> tuple[QuerySide, KeySide, Inputs]:
     """The inputs of the heads and rows that are selected, and what is left of them for block after block."""
-    group = inputs.q.shape[-3] // inputs.k.shape[-3]
+    group, rank = inputs.q.shape[-3] // inputs.k.shape[-3], inputs.q.ndim
     k, v = (jnp.repeat(a, group, axis=-3) if group > 1 else a for a in (inputs.k, inputs.v))
     q, (k, v) = selection.of_rows(inputs.q), map(selection.of_heads, (k, v))
     nonfinite = None
     if inputs.guarded:
-        q, k, v, nonfinite = finite.heal(q, k, v)
+        q, k, v, nonfinite = finite.replace_nonfinite(q, k, v)
+    of_patch: Any = lambda patch: patch and tuple(map(selection.of_rows, patches.materialise(patch, rank)))  # noqa: E731
     query_side = QuerySide(
         q=q,
         position=selection.of_rows(jnp.expand_dims(_positions(inputs.queries, selection), (-3, -1))),
         allowed=_materialise(inputs.mask, inputs, selection),
-        bias=None if inputs.bias is None else selection.of_rows(inputs.bias),
-        logits=_patch(inputs.logits, selection),
-        weights=_patch(inputs.weights, selection),
+        bias=jax.tree.map(selection.of_rows, inputs.bias),
+        logits=of_patch(inputs.logits), weights=of_patch(inputs.weights),
         log_sums=jax.tree.map(lambda a: selection.of_rows(a[..., None]), log_sums),
         nonfinite=None if nonfinite is None else nonfinite.queries[..., None],
         real=None if real is None else selection.of_rows(jnp.expand_dims(real, (-3, -1))),
-    )
-    key_side = KeySide(
-        k=k,
-        v=v,
-        position=selection.of_heads(jnp.expand_dims(_positions(inputs.keys, selection), (-3, -2))),
-        nonfinite=None if nonfinite is None else nonfinite.keys[..., None, :],
-    )
+    )  # fmt: skip
+    k_position = selection.of_heads(jnp.expand_dims(_positions(inputs.keys, selection), (-3, -2)))
+    key_side = KeySide(k, v, k_position, None if nonfinite is None else nonfinite.keys[..., None, :])
     if inputs.mask is None or query_side.allowed is not None:
         return query_side, key_side, inputs._replace(mask=None)
     mask = inputs.mask.laid_out(inputs.queries, inputs.keys, selection.leading, (selection.padding, 0))
@@ -182,13 +177,6 @@ def _materialise(mask: Mask | None, inputs: Inputs, selection: Selection) -> Arr
 def _positions(tokens: Tokens, selection: Selection) -> Array:
     """[1 or …, T]."""
     return shapes.full_rank(jnp.asarray(tokens.position), len(selection.leading) + 1)
-
-
-def _patch(patch: Patch | None, selection: Selection) -> tuple[Array, Array] | None:
-    if patch is None:
-        return None
-    value, amount = patches.materialise(patch, len(selection.leading) + 3)
-    return selection.of_rows(value), selection.of_rows(amount)
 
 
 def _divisor(number: int, most: int) -> int:
