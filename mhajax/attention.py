@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 
 from mhajax import arguments, checks, kernels
 from mhajax.interventions import Capture, Intervention, as_capture
-from mhajax.kernels import finite, patches
+from mhajax.kernels import Path, finite, patches
 from mhajax.masks import Mask, Tokens, as_mask, conditions, tokens
 from mhajax.masks.static import aligned
 from mhajax.options import Options
@@ -303,7 +303,7 @@ def apply_to(
     mask: Mask | ArrayLike | None = None,
     bias: ArrayLike | None = None,
     score: Callable[[Any, Any, Any, Any], Any] | None = None,
-    kernel: str | kernels.Path = "auto",
+    kernel: str | Path = "auto",
     positions: Array | None = None,
     start: ArrayLike = 0,
     keys: Tokens | None = None,
