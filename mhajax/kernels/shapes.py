@@ -16,17 +16,18 @@ def full_rank(array: Array, rank: int) -> Array:
     return array.reshape((1,) * (rank - array.ndim) + array.shape)
 
 
-def check_full_rank(name: str, array: Array, full: tuple[int, ...], axes: str = "[..., N, T, S]") -> Array:
-    """The array with axes of 1 in front: [..., 1 or N, t, s]. What it is and what its axes are is for the error.
+def check_full_rank(
+    name: str, array: Array, full: tuple[int, ...], axes: str = "[..., N, T, S]", who: str = "attention",
+    advice: str = "use 1 for an axis that is shared",
+) -> Array:  # fmt: skip
+    """The array with axes of 1 in front: [..., 1 or N, t, s]. What is said besides is for the error.
 
     Raises:
       ValueError: if it does not broadcast to the full shape.
     """
     shape = (1,) * (len(full) - array.ndim) + array.shape
     if len(shape) > len(full) or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
-        raise ValueError(
-            f"attention: {name} must broadcast to {axes} = {full}, got {array.shape}; use 1 for an axis that is shared."
-        )
+        raise ValueError(f"{who}: {name} must broadcast to {axes} = {full}, got {array.shape}; {advice}.")
     return full_rank(array, len(full))
 
 

@@ -53,14 +53,9 @@ def capture(
     query_side, key_side, inputs = layout.lay_out(inputs, selection, log_sums, real)
     words = dropout.words(inputs.dropout_key) if inputs.dropout_rate and inputs.dropout_key is not None else None
     of_block = partial(
-        _of_block,
-        query_side=query_side,
-        key_side=key_side,
-        names=names,
-        inputs=inputs,
-        selection=selection,
+        _of_block, query_side=query_side, key_side=key_side, names=names, inputs=inputs, selection=selection,
         words=words,
-    )
+    )  # fmt: skip
     (examples, of_heads, of_rows), (in_examples, in_heads, in_rows) = selection.block, selection.blocks
     if in_examples * in_heads * in_rows > 1:
         of_block = jax.checkpoint(of_block, prevent_cse=False)
