@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 
 from mhajax import arguments, checks, kernels
 from mhajax.interventions import Capture, Intervention, as_capture
-from mhajax.kernels import finite, patches
+from mhajax.kernels import Path, finite, patches
 from mhajax.masks import Mask, Tokens, as_mask, conditions, tokens
 from mhajax.masks.static import aligned
 from mhajax.options import Options
@@ -172,8 +172,8 @@ def apply(params: Params, x: Array, config: Config, **options: Unpack[Options]) 
       bias: numbers added to the logits, broadcast to [..., N, T, S]; -inf masks.
       score: function (score, head, q_position, k_position) → score of one scaled product, before bias and mask, such as
         `scores.alibi(8)`; what it closes over has gradients.
-      kernel: "auto", or one of `kernels.NAMES`; `kernels.explain` says which it is. Only "dense" has forward-mode
-        derivatives (`jax.jvp`, `jax.hessian`).
+      kernel: "auto", one of `kernels.NAMES`, or a path of your own as `kernels.Path` describes it, static under jit;
+        `kernels.explain` says which it is. Only "dense" has forward-mode derivatives (`jax.jvp`, `jax.hessian`).
       positions: positions of the queries, integers [T] or [..., T]; 0, 1, 2, … if None.
       memory_positions: positions of the keys, [S] or [..., S]; those of x in self-attention, else 0, 1, 2, ….
       rotate: function (x [..., T, H], positions [..., T]) → [..., T, H] applied to queries and keys, such as
@@ -303,7 +303,7 @@ def apply_to(
     mask: Mask | ArrayLike | None = None,
     bias: ArrayLike | None = None,
     score: Callable[[Any, Any, Any, Any], Any] | None = None,
-    kernel: str = "auto",
+    kernel: str | Path = "auto",
     positions: Array | None = None,
     start: ArrayLike = 0,
     keys: Tokens | None = None,
@@ -371,7 +371,7 @@ def apply_to(
     out = combine(concatenated, params.w_o.reshape(-1, config.d_model))
     if params.b_o is not None:
         out = _plus(out, params.b_o)
-    of_heads = partial(kernels.of_heads, asked=asked)
+    of_heads = partial(kernels.of_heads, selection=asked)
     # The key heads that answer the query heads that are asked for; keys are no queries, they have no rows.
     of_keys = lambda a: a if asked.heads is None else a[..., np.array(asked.heads) * k.shape[-3] // q.shape[-3], :, :]  # noqa: E731
     w_o = params.w_o if asked.heads is None else params.w_o[np.array(asked.heads)]

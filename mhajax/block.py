@@ -30,6 +30,7 @@ from mhajax.attentions import PerAttention
 from mhajax.cache import Cache
 from mhajax.dropout import check_rate, dropout
 from mhajax.interventions import Capture, Intervention, as_capture
+from mhajax.kernels import Path
 from mhajax.masks import Mask
 
 Placement = Literal["pre", "post", "parallel"]
@@ -79,7 +80,7 @@ class CommonOptions(TypedDict, total=False):
     score: Callable[[Any, Any, Any, Any], Any] | None
     gates: Mapping[str, ArrayLike | None] | None
     interventions: Mapping[str, Intervention] | None
-    kernel: str
+    kernel: str | Path
     dropout_key: Array | None
 
 
@@ -151,7 +152,7 @@ def run(
     cache: Cache | None = None,
     real: Array | None = None,
     capture: Captures = (),
-    kernel: str = "auto",
+    kernel: str | Path = "auto",
     dropout_key: Array | None = None,
 ) -> tuple[Array, Cache | None, PerAttention[dict[str, Array]]]:
     """One layer, with its new cache and what was captured.

@@ -274,7 +274,7 @@ def _write(store: Array, new: Array, slots: Array) -> Array:
 def _sound(cache: Cache, new: KeysValues) -> KeysValues:
     """What is written of new tokens: NaN for a key and 0 for a value where either is bad (`kernels.finite`)."""
     k, v = new.k.astype(cache.k.dtype), new.v.astype(cache.v.dtype)
-    good = ~(finite.healed(k, finite.limit(k))[1] | finite.healed(v)[1])[..., None]
+    good = ~(finite.replace_rows(k, finite.limit(k))[1] | finite.replace_rows(v)[1])[..., None]
     return KeysValues(jnp.where(good, k, jnp.nan), jnp.where(good, v, 0))
 
 

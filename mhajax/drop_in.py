@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax import checks, kernels, masks
+from mhajax.kernels.shapes import check_full_rank
 from mhajax.masks import Mask, tokens
 
 
@@ -213,12 +214,9 @@ def _full_rank(who: str, name: str, array: Any, full: tuple[int, ...]) -> Array:
             f"{who}: {name} must have {rank} axes, [..., N, T, S] with 1 where it is shared, got {array.shape}; "
             f"write {name}[None] for one per head, {name}[:, None] for one per example."
         )
-    padded = (1,) * (rank - array.ndim) + array.shape
-    if any(have not in (1, want) for have, want in zip(padded, full, strict=True)):
-        padding = rank > 3 and array.shape == (full[0], full[-1])
-        advice = checks.padding_advice(name) if padding and name == "mask" else "use 1 for an axis that is shared"
-        raise ValueError(f"{who}: {name} must broadcast to [..., N, T, S] = {full}, got {array.shape}; {advice}.")
-    return array.reshape(padded)
+    padding = name == "mask" and rank > 3 and array.shape == (full[0], full[-1])
+    advice = {"advice": checks.padding_advice(name)} if padding else {}
+    return check_full_rank(name, array, full, who=who, **advice)
 
 
 def _lengths(who: str, name: str, given: Any, batch: int) -> Array:

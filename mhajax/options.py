@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from mhajax.interventions import Intervention
+from mhajax.kernels.contract import Path
 from mhajax.masks import Mask
 
 
@@ -21,7 +22,7 @@ class HeadOptions(TypedDict, total=False):
     mask: Mask | ArrayLike | None
     bias: ArrayLike | None
     score: Callable[[Any, Any, Any, Any], Any] | None
-    kernel: str
+    kernel: str | Path
     rotate: Callable[[Array, Array], Array] | None
     gates: ArrayLike | None
     intervention: Intervention

@@ -27,6 +27,7 @@ from mhajax.block import Captures, Options
 from mhajax.cache import Cache
 from mhajax.dropout import dropout
 from mhajax.interventions import Capture, Intervention
+from mhajax.kernels import Path
 
 Caches = tuple[Cache, ...]  # of all layers
 
@@ -329,7 +330,7 @@ def run_stage(
 
 def run_stages(
     who: str, stages: Sequence[Stage], *, gates: Mapping[str, Any] | None = None,
-    interventions: Mapping[str, Intervention] | None = None, capture: Captures = (), kernel: str = "auto",
+    interventions: Mapping[str, Intervention] | None = None, capture: Captures = (), kernel: str | Path = "auto",
     dropout_key: Array | None = None, cache: Caches | None = None, real: Array | None = None,
 ) -> tuple[Array, Caches | None, PerAttention[dict[str, Array]]]:  # fmt: skip
     """A model: its stages one after the other, their inputs dropped out.

@@ -22,6 +22,7 @@ from mhajax.attention import KeysValues
 from mhajax.attentions import PerAttention
 from mhajax.block import Captures
 from mhajax.interventions import Intervention
+from mhajax.kernels import Path
 from mhajax.transformer import Caches, Stage
 
 NAMES = ("encoder", "decoder", "cross")
@@ -86,7 +87,7 @@ class Options(TypedDict, total=False):
     source_lengths: Array | None
     gates: Mapping[str, Any] | None
     interventions: Mapping[str, Intervention] | None
-    kernel: str
+    kernel: str | Path
     dropout_key: Array | None
 
 
@@ -202,7 +203,7 @@ def logits(params: Params, features: Array, config: Config) -> Array:
 def begin(
     params: Params, source: Array, capacity: int, config: Config, *, source_lengths: Array | None = None,
     gates: Mapping[str, Any] | None = None, interventions: Mapping[str, Intervention] | None = None,
-    kernel: str = "auto",
+    kernel: str | Path = "auto",
 ) -> State:  # fmt: skip
     """Read the source [..., S] and make room for a translation of `capacity` tokens. Arguments as in `apply`."""
     _check_source(params, source, config, source_lengths)
@@ -217,7 +218,7 @@ def begin(
 def extend(
     params: Params, target: Array, state: State, config: Config, *,
     gates: Mapping[str, Any] | None = None, interventions: Mapping[str, Intervention] | None = None,
-    kernel: str = "auto", real: Array | None = None,
+    kernel: str | Path = "auto", real: Array | None = None,
 ) -> tuple[Array, State]:  # fmt: skip
     """Logits [..., t, V] of t more target tokens [..., t], and the translation with them.
 

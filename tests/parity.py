@@ -18,7 +18,7 @@ from parity_features import CASES, Case, booleans
 from reference import enable_x64, numbers
 
 from mhajax import dropout, kernels, masks, scores
-from mhajax.kernels import Tiling, choice, ring
+from mhajax.kernels import PATHS, Plan, Tiling, blockwise, ring
 
 # What every number is held to, relative to the largest one. Not what was measured, so that the table stays the same.
 BOUNDS = {"float64": "1e-12", "float32": "2e-6", "float16": "2e-3", "bfloat16": "1e-2"}
@@ -55,8 +55,7 @@ def paths(name: str) -> dict[str, Path]:
 def attend(path: Path, q: Any, k: Any, v: Any, **options: Any) -> Any:
     """`kernels.attend` on this path."""
     given = {"queries": masks.tokens(q.shape[-2]), "keys": masks.tokens(k.shape[-2])} | options
-    tilings = {"_tiling": lambda request: path.tiling, "_values_at_once": lambda request: path.values_at_once}
-    with mock.patch.multiple(choice, **tilings):
+    with mock.patch.object(blockwise, "plan", lambda request: Plan("", path.tiling, path.values_at_once)):
         return kernels.attend(q, k, v, kernel=path.kernel, **given)
 
 
@@ -373,6 +372,7 @@ SPECIAL = {
 UNCHOSEN = {"`vmap` over gates", "scale of every head and its gradient", "forward mode: `jvp`, `hessian`", *SECOND}
 FEATURES = {name: Feature(case, SPECIAL.get(name, against_loops), name not in UNCHOSEN) for name, case in CASES.items()}
 COMPUTED = ("dense", "blockwise, several tiles", "blockwise, all heads at once")
+ELSEWHERE = {"cudnn": "gpu", "splash": "tpu"}  # the platforms of the paths that do not run here
 # The only refusals among the paths that are computed here, by kernel.
 ONLY_DENSE = {"forward mode: `jvp`, `hessian`", "`cached=True`"}
 REFUSED = {"dense": set(), "blockwise": ONLY_DENSE}
@@ -464,11 +464,12 @@ keys, so that there are several of them and the last are partial.
 
 def table(computed: Callable[[str, str], str] = computed) -> str:
     """docs/parity.md, with these cells of the paths that run here."""
-    columns = [*COMPUTED, "splash (TPU)", "cuDNN (GPU)", "ring"]
+    elsewhere = [name for name in PATHS if not any(path.partition(",")[0] == name for path in COMPUTED)]
+    columns = [*COMPUTED, *(f"{name} ({ELSEWHERE[name].upper()})" for name in elsewhere), "ring"]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in FEATURES:
         cells = [computed(name, path) for path in COMPUTED]
-        cells += [of_platform(name, "tpu", "splash"), of_platform(name, "gpu", "cudnn"), on_ring(name)]
+        cells += [*(of_platform(name, ELSEWHERE[path], path) for path in elsewhere), on_ring(name)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     bounds = ", ".join(f"{dtype} {bound}" for dtype, bound in BOUNDS.items())
     return HEAD.format(bounds=bounds) + "\n".join(lines) + "\n"

@@ -29,7 +29,8 @@ LAYERS = [
         "statistics",
     },
     {"interventions", "attentions", "weight_decay", "accumulation"},
-    {"kernels", "embedding", "checks", "options"},
+    {"kernels", "embedding", "checks"},
+    {"options"},
     {"attention"},
     {"cache", "convert", "drop_in", "variants"},
     {"block"},
@@ -82,6 +83,32 @@ def test_imports_go_one_way(path):
     assert "mhajax" not in imports(path)
     if own in KNOW_NO_MODEL:
         assert [name for name in of_library(path) - {own} if RANK[name] > 2] == []
+
+
+def files_at_import(path: Path) -> set[Path]:
+    """The library's files that a file imports while it is imported itself: not what functions import, or types only."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mhajax":
+            module = ROOT.joinpath(*node.module.split("."))
+            for alias in node.names:  # a submodule, or a name in the module
+                inner = module / alias.name
+                here = (
+                    inner.with_suffix(".py"),
+                    inner / "__init__.py",
+                    module.with_suffix(".py"),
+                    module / "__init__.py",
+                )
+                found.add(next(file for file in here if file.exists()))
+    return found
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Inside folders too: whatever has all that it imports behind it is taken away, until nothing is left."""
+    needs = {path: files_at_import(path) for path in LIBRARY}
+    while ready := {path for path, others in needs.items() if not others & set(needs)}:
+        needs = {path: others for path, others in needs.items() if path not in ready}
+    assert sorted(map(ids, needs)) == []
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=ids)

@@ -290,7 +290,7 @@ def test_signatures_show_every_keyword(name):
     found = inspect.signature(SHOWN[name]).parameters
     assert {"kernel", "mask" if "ranslator" not in name else "gates"} <= set(found)
     assert all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in found.values())
-    assert found["kernel"].annotation == "str" and found["kernel"].default is not inspect.Parameter.empty
+    assert found["kernel"].annotation == "str | Path" and found["kernel"].default is not inspect.Parameter.empty
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tiers import tiered
 from mhajax import attention, interventions, kernels, language_model, masks, translator
 from mhajax.attentions import PerAttention
 from mhajax.interventions import Capture, Intervention
-from mhajax.kernels import row_layout
+from mhajax.kernels.rowwise import layout
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -97,12 +97,12 @@ def test_what_is_looked_at_in_blocks_is_what_is_looked_at_at_once(monkeypatch):
     some = Capture(asked.names, heads=(2, 0), rows=tuple(range(3, 27)))
 
     def in_blocks(room):
-        monkeypatch.setattr(row_layout, "ROOM", room)
+        monkeypatch.setattr(layout, "ROOM", room)
         options = GIVEN | {"positions": places, "score": lambda x, head, q, k: x * (head + 1) + (q - k)}
         see = lambda x: [attention.apply_captured(PARAMS, x, CONFIG, capture=c, **options)[1] for c in (asked, some)]  # noqa: E731
         return jax.jit(see)(X)
 
-    whole = in_blocks(row_layout.ROOM)
+    whole = in_blocks(layout.ROOM)
     for room in (8 * T, 2 * T * T, N * T * T):
         jax.tree.map(partial(close, err_msg=str(room), atol=2e-5), in_blocks(room), whole)
 

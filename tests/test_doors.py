@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from reference import random_params
 
-from mhajax import attention, language_model, masks, norm, scores, transformer
+from mhajax import attention, interventions, kernels, language_model, masks, norm, scores, transformer
 from mhajax.attentions import PerAttention
 from mhajax.heads import ablation, surgery
 
@@ -168,3 +168,61 @@ def test_a_model_of_ones_own_has_its_heads_removed_one_by_one():
 def test_who_says_nothing_of_its_attentions_is_refused():
     with pytest.raises(TypeError, match=r"another module that has attentions\(params\) .*, got test_doors.Other"):
         surgery.prune(Other(1), CONFIG, np.ones(3, bool))
+
+
+# A kernel path: every logit in four lines of jnp, no bias ------------------------------------------------------------
+
+
+class Plain:
+    """Heads in half the words of ours: it has no bias and no dropout, and gives no log-sum-exp."""
+
+    def refusal(self, request):
+        return "plain attention has no bias" if request.bias else "it has no dropout" if request.dropout else ""
+
+    def reluctance(self, request):
+        return "it is for a test"
+
+    def attend(self, inputs):
+        q, k, v = inputs.q, *(jnp.repeat(a, inputs.q.shape[-3] // a.shape[-3], axis=-3) for a in inputs[1:3])
+        logits = jnp.einsum("...th,...sh->...ts", q, k) * inputs.scale
+        if inputs.mask is not None:
+            logits = jnp.where(inputs.mask.block(inputs.queries, inputs.keys), logits, -jnp.inf)
+        return jax.nn.softmax(logits) @ v, None
+
+
+def test_a_kernel_path_of_ones_own_in_attention():
+    config, x = attention.Config(d_model=6, num_heads=3, num_kv_heads=1), jnp.sin(jnp.arange(60.0)).reshape(2, 5, 6)
+    params, plain = random_params(attention.init_params, config), Plain()
+    options = {"mask": masks.causal(), "gates": jnp.array([1.0, 0.5, 0.0])}
+    capture = ("weights", "log_sum_exp", "heads", "entropy")
+    run = lambda kernel: jax.jit(  # noqa: E731
+        lambda x: attention.apply_captured(params, x, config, capture=capture, kernel=kernel, **options)
+    )(x)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), run(plain), run("dense"))
+    jitted = jax.jit(attention.apply, static_argnames=("config", "kernel"))
+    np.testing.assert_allclose(jitted(params, x, config, kernel=plain), jitted(params, x, config), rtol=0, atol=2e-6)
+    for error, options in (
+        ("kernel='Plain' cannot do this: plain attention has no bias; use .* dense", {"bias": jnp.ones((5, 5))}),
+        ("kernel='Plain' cannot do this: a patch .* needs whole rows", {"intervention": interventions.uniform()}),
+    ):
+        with pytest.raises(ValueError, match=error):
+            attention.apply(params, x, config, kernel=plain, **options)
+
+
+def test_a_kernel_path_of_ones_own_in_a_language_model():
+    config = language_model.Config(d_model=6, num_heads=3, num_layers=2, vocab_size=7, d_ff=5)
+    params, tokens = random_params(language_model.init_params, config), jnp.array([[1, 5, 2, 2, 6]])
+    loss = lambda kernel: lambda params: jnp.sum(language_model.apply(params, tokens, config, kernel=kernel) ** 2)  # noqa: E731
+    got, expected = (jax.jit(jax.grad(loss(kernel)))(params) for kernel in (Plain(), "dense"))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, expected)
+
+
+def test_a_kernel_path_of_ones_own_is_explained_and_what_is_none_is_refused():
+    q = jax.ShapeDtypeStruct((2, 3, 5, 2), jnp.float32)
+    said = str(kernels.explain(q, q, q, kernel=Plain(), platform="cpu")).splitlines()
+    assert said[0] == "Plain: asked for, though it is for a test" and len(said) == 1 + len(kernels.NAMES)
+    with pytest.raises(TypeError, match=r"kernels: kernel must be auto, one of .*; got a test_doors.Other without ref"):
+        kernels.explain(q, q, q, kernel=Other(1))
+    wrong = type("Wrong", (Plain,), {"attend": lambda self, inputs: inputs.v})()
+    with pytest.raises(ValueError, match=r"attend of kernel='Wrong' must return heads \[2, 3, 5, 2\] and a LogSumExp"):
+        kernels.attend(*[jnp.ones(q.shape)] * 3, kernel=wrong)

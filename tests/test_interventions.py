@@ -215,7 +215,7 @@ def test_nothing_is_looked_up_by_its_number_where_sentences_are_short():
 @pytest.mark.slow
 def test_long_rows_are_cut_into_blocks(monkeypatch):
     """A few rows at a time, the last block partial: the same numbers and gradients, dropout included."""
-    from mhajax.kernels import row_layout
+    from mhajax.kernels.rowwise import layout
 
     options = {"dropout_rate": 0.3, "dropout_key": jax.random.key(0)}
 
@@ -225,7 +225,7 @@ def test_long_rows_are_cut_into_blocks(monkeypatch):
 
     intervention = interventions.uniform(np.arange(N) == 1)
     whole = jax.jit(jax.value_and_grad(loss))(X, intervention)
-    monkeypatch.setattr(row_layout, "ROOM", 8 * T)
+    monkeypatch.setattr(layout, "ROOM", 8 * T)
     cut = jax.jit(jax.value_and_grad(lambda x, i: loss(x, i)))(X, intervention)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), cut, whole)
     dense = jax.jit(lambda x: loss(x, interventions.uniform(np.zeros(N))))(X)
@@ -327,7 +327,7 @@ ERRORS: Any = {
     "path": (
         lambda: run(interventions.uniform(), kernel="blockwise"),
         ValueError,
-        ("kernel='blockwise' cannot do this", "logits or weights", "kernel='auto' or 'dense'"),
+        ("kernel='blockwise' cannot do this", "logits or weights", "kernel='auto' or one of dense"),
     ),
     "gates twice": (
         lambda: run(Intervention(gates=np.ones(N)), gates=np.ones(N)),

@@ -15,7 +15,8 @@ from reference import numbers
 from tiers import tiered
 
 from mhajax import attention, dropout, kernels, masks, scores
-from mhajax.kernels import Tiling, choice, grid
+from mhajax.kernels import Inputs, Tiling, choice, contract
+from mhajax.kernels.blockwise import layout
 from mhajax.kernels.rules import Rules
 
 ROOT = Path(__file__).parent.parent
@@ -160,7 +161,7 @@ def test_a_long_odd_sequence_in_the_tiles_that_are_chosen():
     mask = masks.causal() & masks.lengths(np.array([997, 0]))
     both = (with_gradient(attend(t, s, path, mask=mask)) for path in ("blockwise", "dense"))
     got, expected = (parity.quick(function)(*given) for function in both)
-    assert choice.choose(request(t=t, s=s, mask=mask)).tiling.rows < t
+    assert choice.choose(request(t=t, s=s, mask=mask)).tiling.block_q < t
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max())
         assert not np.any(a[1])  # nothing to attend to
@@ -196,7 +197,7 @@ def request(platform="cpu", b=1, n=8, t=4096, s=4096, h=64, dtype=jnp.float32, *
         "mask": None, "queries": masks.tokens(t), "keys": masks.tokens(s), "bias": False, "score": False,
         "dropout": False, "log_sum_exp": False, "cached": False, "rules": Rules(keys_at_once=512),
     }  # fmt: skip
-    return choice.Request(platform, *heads, **given | options)
+    return contract.Request(platform, *heads, **given | options)
 
 
 HALF = {"dtype": jnp.bfloat16}
@@ -303,17 +304,16 @@ def test_the_loops_run_over_what_the_mask_leaves(traced):
     heads = [numbers(i, 2, 2, 12, 3) for i in range(3)]
 
     def visits(lengths):
-        static = grid.Static(Tiling(2, 4, 4), (2,), 2, 12, 12, 1.0, 0.0, None, True)
-        mask = masks.causal() & masks.lengths(lengths)
-        tokens = masks.tokens(12)
-        context = grid.lay_out(static, *heads, mask, None, (), tokens, tokens, None)[1]
-        return context.order, context.plain, context.visited
+        mask, tokens = masks.causal() & masks.lengths(lengths), masks.tokens(12)
+        inputs = Inputs(*heads, tokens, tokens, mask, tiling=Tiling(2, 4, 4))
+        context = layout.lay_out(inputs)[2]
+        return context.order, context.full, context.nonempty
 
-    order, plain, visited = (jax.jit(visits) if traced else visits)(np.array([12, 5]))
-    np.testing.assert_array_equal(visited, [[1, 2, 3], [1, 2, 2]])
-    np.testing.assert_array_equal(plain, [[0, 1, 2], [0, 1, 1]])
-    assert isinstance(visited, np.ndarray) != traced
-    for chunk, row in np.ndindex(2, 3):  # whole tiles first
+    order, full, nonempty = (jax.jit(visits) if traced else visits)(np.array([12, 5]))
+    np.testing.assert_array_equal(nonempty, [[1, 2, 3], [1, 2, 2]])
+    np.testing.assert_array_equal(full, [[0, 1, 2], [0, 1, 1]])
+    assert isinstance(nonempty, np.ndarray) != traced
+    for chunk, row in np.ndindex(2, 3):  # full tiles first
         assert sorted(order[chunk, row]) == [0, 1, 2] and order[chunk, row][0] == 0
 
 
@@ -326,7 +326,7 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(ValueError, match="^kernels: kernel='blockwise' cannot do this: a cache .* one of dense.$"):
         attend(5, 5, cached=True)(heads, heads, heads)
     for kernel, reason in (("cudnn", "NVIDIA"), ("splash", "bias")):
-        with pytest.raises(ValueError, match=f"kernel='{kernel}' cannot do this: .*{reason}.* dense, blockwise"):
+        with pytest.raises(ValueError, match=f"kernel='{kernel}' cannot do this: .*{reason}.* one of dense.$"):
             attend(5, 5, kernel, bias=np.zeros((5, 5), np.float32))(heads, heads, heads)
 
 

@@ -15,7 +15,8 @@ import pytest
 from tiers import tiered
 
 from mhajax import attention, kernels, masks, scores
-from mhajax.kernels import choice, cudnn, devices, guard, ring
+from mhajax.kernels import Inputs, choice, contract, ring, varying
+from mhajax.kernels.external import cudnn, guard, splash
 from mhajax.masks import Tokens, tokens
 
 ROOT = Path(__file__).parent.parent
@@ -131,8 +132,6 @@ def test_asking_splash_for_log_sums_changes_no_bit_of_the_heads(everything, quic
 
 def test_segments_are_told_apart_whatever_their_numbers():
     """Renumbering neither overflows nor confuses a key of an unknown segment with another."""
-    from mhajax.kernels import splash
-
     most = np.iinfo(np.int32)
     asking, answering = np.array([most.max, 5, most.min, 5]), np.array([most.min, 4, most.max, 5, 6])
     a, b = splash._numbered(jnp.asarray(asking), jnp.asarray(answering))
@@ -141,8 +140,6 @@ def test_segments_are_told_apart_whatever_their_numbers():
 
 @pytest.mark.parametrize("size", [1, 127, 128, 129, 512, 513, 600, 1025, 8192])
 def test_blocks_are_whole_lanes_and_padding_is_small(size):
-    from mhajax.kernels import splash
-
     block = splash._block(size)
     assert block % 128 == 0 and block <= 512
     whole = splash._whole(size, block)
@@ -167,7 +164,7 @@ def test_the_arguments_for_cudnn_say_what_the_mask_says(name):
     if mask is not None:
         v[0, :, 10] = np.where(name.endswith("lengths") or "0" in name, np.nan, v[0, :, 10])  # behind the length
     call = functools.partial(cudnn.call, mask=mask, scale=0.3, implementation="xla")
-    got = with_gradients(lambda q, k, v: guard.around(call, q, k, v, mask))(q, k, v)
+    got = with_gradients(lambda q, k, v: guard.around(call, Inputs(q, k, v, tokens(T), tokens(s), mask)))(q, k, v)
     assert_close(got, with_gradients(attend(s=s, mask=mask, scale=0.3, kernel="dense"))(q, k, v))
 
 
@@ -369,7 +366,7 @@ def test_where_the_compiler_may_partition_splash_attention_is_not_picked():
     heads = jax.ShapeDtypeStruct((1, 8, 4096, 64), jnp.bfloat16)
     whole = tokens(4096)
     given = {"bias": False, "score": False, "dropout": False, "log_sum_exp": False, "cached": False}
-    request = choice.Request("tpu", heads, heads, heads, None, whole, whole, **given, spread=True)
+    request = contract.Request("tpu", heads, heads, heads, None, whole, whole, **given, spread=True)
     picked = choice.choose(request)
     assert picked.kernel == "blockwise" and "shard_map" in picked.others["splash"]
     assert choice.choose(request, "splash").kernel == "splash"
@@ -388,7 +385,7 @@ def cut_results():
     t = 12
     q, k, v, slopes = *heads_of(t, k=2), normal(N, seed=9)
     every = {"lengths": jnp.asarray(LENGTHS), "places": jnp.arange(t)}
-    vary = functools.partial(devices.over, {"devices"})
+    vary = functools.partial(varying.over, {"devices"})
 
     def errors(cuts, kernel, mask, look=True, score=False):
         """The axes along which q and the positions, and k, v and lengths are cut."""

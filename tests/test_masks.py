@@ -331,11 +331,16 @@ def test_a_mask_broadcasts_no_rank(name):
 @pytest.mark.parametrize("name", tiered(["causal", "and", "or", "per head", "segments", "prefix per example"], "or"))
 @jax.numpy_rank_promotion("raise")
 def test_kernels_broadcast_no_rank(name, path):
-    attend: Any = dense.attend if path == "dense" else partial(blockwise.attend, tiling=kernels.Tiling(3, 2, 3))
-    options = dict(bias=jnp.ones((1, N, 1, S)), scale=0.3, dropout_rate=0.3, dropout_key=jax.random.key(0))
+    options: dict[str, Any] = dict(
+        bias=jnp.ones((1, N, 1, S)),
+        scale=0.3,
+        dropout_rate=0.3,
+        dropout_key=jax.random.key(0),
+        tiling=kernels.Tiling(3, 2, 3),
+    )
 
     def loss(qkv, mask, places):
-        heads, sums = attend(*qkv, mask=mask, queries=places[0], keys=places[1], **options)
+        heads, sums = kernels.PATHS[path].attend(kernels.Inputs(*qkv, *places, mask, **options))
         return heads.sum() + sums.whole.sum()
 
     qkv = jnp.ones((B, N, T, 4)), jnp.ones((B, N, S, 4)), jnp.ones((B, N, S, 2))

@@ -15,7 +15,7 @@ from jax import Array
 
 
 class LogSumExp(NamedTuple):
-    """log Σ exp(logit) = top + log_total. A query that sees nothing has 0 and -inf, a non-finite one NaN in log_total.
+    """log Σ exp(logit) = top + log_total. A fully masked query has 0 and -inf, a non-finite one NaN in log_total.
 
     Only log_total has a gradient, that of the whole: subtracting the largest logit changes nothing.
     """
@@ -25,7 +25,7 @@ class LogSumExp(NamedTuple):
 
     @property
     def whole(self) -> Array:
-        """The one number, [..., T]; -inf for a query that sees nothing."""
+        """The one number, [..., T]; -inf for a fully masked query."""
         return jax.lax.stop_gradient(self.top) + self.log_total
 
 

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 
 def times(body: Callable, count: int) -> Any:
     """`lax.map` of a function of the index over 0 … count - 1, without a loop if there is only one."""
-    if count == 1:
-        return jax.tree.map(lambda a: a[None], body(jnp.int32(0)))
-    return jax.lax.map(body, jnp.arange(count, dtype=jnp.int32))
+    return accumulate(lambda state, index: (state, body(index)), None, count)[1]
 
 
 def accumulate(body: Callable, state: Any, count: int) -> tuple[Any, Any]:

@@ -8,29 +8,24 @@ import jax.numpy as jnp
 from jax import Array
 
 from mhajax.interventions import Patch
-from mhajax.kernels import finite
+from mhajax.kernels import finite, shapes
 
 _times = finite.guarded(jnp.multiply)
 
 
-def laid_out(patch: Patch, rank: int) -> tuple[Array, Array]:
+def materialise(patch: Patch, rank: int) -> tuple[Array, Array]:
     """Value and amount of a patch with all axes of the quantity, [..., N, T, H] or the like; 1 where shared."""
-    return full_rank(jnp.asarray(patch.value), rank), by_token(patch.amount, rank)
+    return shapes.full_rank(jnp.asarray(patch.value), rank), by_token(patch.amount, rank)
 
 
 def by_token(amount: Any, rank: int) -> Array:
     """An amount [], [N], [..., N] or [..., N, T] with all axes of a quantity [..., N, T, H]; 1 where shared."""
     amount = jnp.asarray(amount)
     missing = 1 if amount.ndim == rank - 1 else min(2, rank)
-    return full_rank(amount.reshape(*amount.shape, *(1,) * missing), rank)
+    return shapes.full_rank(amount.reshape(*amount.shape, *(1,) * missing), rank)
 
 
-def full_rank(array: Array, rank: int) -> Array:
-    """The array with axes of 1 in front."""
-    return array.reshape((1,) * (rank - array.ndim) + array.shape)
-
-
-def mixed(x: Array, value: Array, amount: Array) -> Array:
+def mix(x: Array, value: Array, amount: Array) -> Array:
     """x · (1 - amount) + value · amount, in the dtype of x; exactly one of them where the amount is a boolean, 0 or 1.
 
     In the derivative of the amount what is not finite counts as 0.
@@ -43,4 +38,4 @@ def mixed(x: Array, value: Array, amount: Array) -> Array:
 
 def apply(x: Array, patch: Patch | None) -> Array:
     """The quantity x with its patch; as it is without one."""
-    return x if patch is None else mixed(x, *laid_out(patch, x.ndim))
+    return x if patch is None else mix(x, *materialise(patch, x.ndim))

@@ -24,10 +24,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhajax.kernels import blockwise, dense, finite, guard, rules
-from mhajax.kernels.choice import Request, choose
+from mhajax.kernels import finite, shapes
+from mhajax.kernels.choice import choose, request_for
+from mhajax.kernels.contract import Inputs
+from mhajax.kernels.external import guard
 from mhajax.kernels.log_sum_exp import LogSumExp, merge, share
-from mhajax.kernels.pairs import hoist
+from mhajax.kernels.score import hoist
 from mhajax.masks import Mask, Tokens
 
 
@@ -47,27 +49,14 @@ class _Operands(NamedTuple):
     constants: tuple[Array, ...]  # of the score function
 
 
-class _Context(NamedTuple):
-    """What has none."""
-
-    mask: Mask | None
-    queries: Tokens
-    keys: Tokens
+_Context = tuple[Mask | None, Tokens, Tokens]  # what has none: the mask, queries and keys
 
 
 def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    axis_name: str,
-    queries: Tokens | None = None,
-    keys: Tokens | None = None,
-    mask: Mask | None = None,
-    score: Callable[[Any, Any, Any, Any], Any] | None = None,
-    scale: float | Array | None = None,
-    kernel: str = "auto",
-) -> tuple[Array, Array]:
+    q: Array, k: Array, v: Array, *, axis_name: str, queries: Tokens | None = None, keys: Tokens | None = None,
+    mask: Mask | None = None, score: Callable[[Any, Any, Any, Any], Any] | None = None,
+    scale: float | Array | None = None, kernel: str = "auto",
+) -> tuple[Array, Array]:  # fmt: skip
     """What `kernels.attend` gives for the whole sequence: this device's part of it. Call it inside `shard_map`:
 
         cut = PartitionSpec(None, None, "sequence", None)
@@ -104,25 +93,26 @@ def attend(
     constants: tuple[Array, ...] = ()
     if score is not None:
         score, constants = hoist(score, jnp.promote_types(q.dtype, jnp.float32), q.shape[-3])
-    q, scale = dense.scaled(q, scale)
+    q, scale = shapes.scale_queries(q, scale)
     queries = _tokens(axis_name, q.shape[-2], queries)
     keys = _tokens(axis_name, k.shape[-2], keys)
     static = _Static(axis_name, kernel, scale, score)
-    whole: Any = lambda operands: _attend(static, operands, _Context(mask, queries, keys))  # noqa: E731
+    whole: Any = lambda operands: _attend(static, operands, (mask, queries, keys))  # noqa: E731
     if mask is None:
         heads, log_sums = whole(_Operands(q, k, v, constants))
         return heads, log_sums.whole
-    q, k, v, spoilt = finite.heal(q, k, v)
+    q, k, v, nonfinite = finite.replace_nonfinite(q, k, v)
     heads, log_sums = whole(_Operands(q, k, v, constants))
-    rows = _reached(axis_name, spoilt, mask, queries, keys)
-    heads, captured = finite.mark(heads, {"log_sum_exp": log_sums}, rows, spoilt, mask, None, queries, keys)
+    rows = _reached(axis_name, nonfinite, mask, queries, keys)
+    inputs = Inputs(q, k, v, queries, keys, mask)
+    heads, captured = finite.mark(heads, {"log_sum_exp": log_sums}, rows, nonfinite, inputs)
     return heads, captured["log_sum_exp"].whole
 
 
-def _tokens(axis_name: str, size: int, given: Tokens | None) -> Tokens:
+def _tokens(axis_name: str, size: int, tokens: Tokens | None) -> Tokens:
     """Tokens as arrays, which can travel."""
-    if given is not None:
-        return Tokens(jnp.asarray(given.start, jnp.int32), jnp.asarray(given.position))
+    if tokens is not None:
+        return Tokens(jnp.asarray(tokens.start, jnp.int32), jnp.asarray(tokens.position))
     start = jax.lax.axis_index(axis_name) * size
     return Tokens(start, start + jnp.arange(size, dtype=jnp.int32))
 
@@ -147,27 +137,19 @@ def _part(
 ) -> tuple[Array, LogSumExp]:
     """Attention to the keys that are here."""
     q, k, v, constants = operands
-    request = Request(
-        jax.default_backend(), q, k, v, mask, queries, keys,
-        bias=False, score=static.score is not None, dropout=False, log_sum_exp=True, cached=False,
-        rules=rules.current(),
-    )  # fmt: skip
-    given: dict[str, Any] = {
-        "mask": mask, "score": static.score, "constants": constants, "queries": queries, "keys": keys,
-        "scale": static.scale,
-    }  # fmt: skip
-    tiling = choose(request, static.kernel).tiling
-    if tiling is None:
-        return dense.attend(q, k, v, **given)
-    return blockwise.attend(q, k, v, tiling=tiling, **given)
+    inputs = Inputs(q, k, v, queries, keys, mask, None, static.score, constants, static.scale)
+    choice = choose(request_for(inputs, log_sum_exp=True), static.kernel)
+    heads, log_sums = choice.path.attend(inputs._replace(tiling=choice.tiling))
+    assert log_sums is not None  # the request says that the path must give them
+    return heads, log_sums
 
 
 def _where_seen(mask: Mask | None, queries: Tokens, keys: Tokens, function: Callable, otherwise: Any) -> Any:
     """The function's value, or the other one if the mask is known to allow no pair of these tokens."""
     if mask is None:
         return function()
-    some = jnp.any(jnp.asarray(mask.tiles(queries, keys, queries.size, keys.size).nonempty))
-    return jax.lax.cond(some, function, lambda: otherwise)
+    nonempty, _ = mask.tiles(queries, keys, queries.size, keys.size)
+    return jax.lax.cond(jnp.any(jnp.asarray(nonempty)), function, lambda: otherwise)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -184,8 +166,8 @@ def _forward(static: _Static, operands: _Operands, context: _Context) -> tuple:
 
     def stop(travelling: tuple, state: tuple) -> tuple[tuple, tuple]:
         k, v, keys = travelling
-        here = lambda: _part(static, mask, queries, keys, _Operands(q, k, v, constants))  # noqa: E731
-        part, log_sum = _where_seen(mask, queries, keys, here, nothing)
+        local = lambda: _part(static, mask, queries, keys, _Operands(q, k, v, constants))  # noqa: E731
+        part, log_sum = _where_seen(mask, queries, keys, local, nothing)
         out, before = state
         whole = merge(before, log_sum)
         out = out * share(before, whole)[..., None] + part * share(log_sum, whole)[..., None]
@@ -197,7 +179,7 @@ def _forward(static: _Static, operands: _Operands, context: _Context) -> tuple:
 
 
 def _backward(static: _Static, saved: tuple, cotangents: tuple) -> tuple:
-    """Every part's own gradient, from what the whole owes to its output and to its log-sum-exp."""
+    """Every part's own gradient, from the cotangents of the whole output and of its log-sum-exp."""
     operands, (mask, queries, keys), out, log_sums = saved
     q, k, v, constants = operands
     wide = log_sums.log_total.dtype
@@ -207,16 +189,16 @@ def _backward(static: _Static, saved: tuple, cotangents: tuple) -> tuple:
     def stop(travelling: tuple, state: tuple) -> tuple[tuple, tuple]:
         k, v, keys, d_k, d_v = travelling
 
-        def here() -> _Operands:
+        def local() -> _Operands:
             compute = partial(_part, static, mask, queries, keys)
-            (part, log_sum), pull = jax.vjp(compute, _Operands(q, k, v, constants))
+            (part, log_sum), backward = jax.vjp(compute, _Operands(q, k, v, constants))
             of_part = share(log_sum, log_sums)
-            owed = jnp.sum(d_out * (part - out), axis=-1) + cotangents[1].log_total
-            d_log_sum = LogSumExp(jnp.zeros_like(log_sum.top), of_part * owed)
+            delta = jnp.sum(d_out * (part - out), axis=-1) + cotangents[1].log_total
+            d_log_sum = LogSumExp(jnp.zeros_like(log_sum.top), of_part * delta)
             d_part = (d_out * of_part[..., None]).astype(part.dtype)
-            return jax.tree.map(lambda a: a.astype(wide), pull((d_part, d_log_sum))[0])
+            return jax.tree.map(lambda a: a.astype(wide), backward((d_part, d_log_sum))[0])
 
-        d = _where_seen(mask, queries, keys, here, zeros)
+        d = _where_seen(mask, queries, keys, local, zeros)
         d_q, d_constants = jax.tree.map(jnp.add, state, (d.q, d.constants))
         return (k, v, keys, d_k + d.k, d_v + d.v), (d_q, d_constants)
 
@@ -230,11 +212,11 @@ def _backward(static: _Static, saved: tuple, cotangents: tuple) -> tuple:
 _attend.defvjp(_forward, _backward)
 
 
-def _reached(axis_name: str, spoilt: finite.Spoilt, mask: Mask, queries: Tokens, keys: Tokens) -> Array:
-    """This device's queries that see something spoilt anywhere, bool [..., N, T]."""
+def _reached(axis_name: str, nonfinite: finite.NonFinite, mask: Mask, queries: Tokens, keys: Tokens) -> Array:
+    """This device's queries that see something non-finite anywhere, bool [..., N, T]."""
 
     def stop(travelling: tuple, rows: Array) -> tuple[tuple, Array]:
         bad, keys = travelling
-        return travelling, rows | guard.reached(spoilt._replace(keys=bad), mask, queries, keys)
+        return travelling, rows | guard.reached(nonfinite._replace(keys=bad), mask, queries, keys)
 
-    return _around(axis_name, stop, (spoilt.keys, keys), jnp.zeros(spoilt.queries.shape, bool))[1]
+    return _around(axis_name, stop, (nonfinite.keys, keys), jnp.zeros(nonfinite.queries.shape, bool))[1]

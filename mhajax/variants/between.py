@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from mhajax import arguments, attention, checks, precision
-from mhajax.kernels import patches
+from mhajax.kernels import Path, patches
 from mhajax.options import Options
 
 
@@ -56,7 +56,13 @@ def look(
 
 
 def pairs(
-    who: str, params: attention.Params, x: Array, config: attention.Config, *, kernel: str = "auto", **options: Any
+    who: str,
+    params: attention.Params,
+    x: Array,
+    config: attention.Config,
+    *,
+    kernel: str | Path = "auto",
+    **options: Any,
 ) -> Pairs:
     """Every logit, for variants that need all of them at once: T × S numbers for every head.
 

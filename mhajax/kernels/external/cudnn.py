@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 
 from mhajax import masks
-from mhajax.kernels import guard
+from mhajax.kernels.contract import FEW, Inputs, Request
+from mhajax.kernels.external import guard
 from mhajax.masks import Mask
 
 
@@ -33,17 +34,37 @@ def absence() -> str:
     return ""
 
 
-def attend(q: Array, k: Array, v: Array, *, mask: Mask | None = None, scale: float) -> Array:
-    """The heads' outputs [..., N, T, H] in the dtype of v; the contract is that of `kernels.attend`.
+def refusal(request: Request) -> str:
+    """What it has no option for, and where it does not run."""
+    if request.platform != "gpu":
+        return "cuDNN needs an NVIDIA GPU"
+    if jax.default_backend() == "gpu" and absence():
+        return absence()
+    dtypes = {jnp.dtype(a.dtype) for a in (request.q, request.k, request.v)}
+    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)}:
+        return f"cuDNN attention is for float16 or bfloat16, not {', '.join(sorted(map(str, dtypes)))}"
+    width, value_width = request.q.shape[-1], request.v.shape[-1]
+    if width > 128 or width % 8 or value_width != width:
+        return f"cuDNN attention needs H = Hv, a multiple of 8 up to 128, not H={width} and Hv={value_width}"
+    found = masks.conditions(request.mask)
+    if found.segments is not None:
+        return "cuDNN attention has no segments"
+    if found.window is not None and (not found.causal or found.lengths is not None):
+        return "cuDNN attention has windows that look back only, without lengths"
+    length, num_keys = request.q.shape[-2], request.k.shape[-2]
+    if found.causal and length != num_keys:
+        return f"cuDNN attention is causal for T = S only, not T={length} and S={num_keys}"
+    return guard.refusal("cuDNN attention", request)
 
-    Args:
-      q: [..., N, T, H], float16 or bfloat16.
-      k: [..., K, S, H].
-      v: [..., K, S, H].
-      mask: of conditions that `kernels.choice` lets through.
-      scale: factor of the products.
-    """
-    return guard.around(lambda q, k, v: call(q, k, v, mask, scale, "cudnn"), q, k, v, mask)
+
+def reluctance(request: Request) -> str:
+    """It is for what the dense path would hold."""
+    return FEW if request.few else ""
+
+
+def attend(inputs: Inputs) -> tuple[Array, None]:
+    """The heads' outputs [..., N, T, H] in the dtype of v, for conditions that `refusal` lets through."""
+    return guard.around(lambda q, k, v: call(q, k, v, inputs.mask, inputs.scale, "cudnn"), inputs), None
 
 
 def call(q: Array, k: Array, v: Array, mask: Mask | None, scale: float, implementation: Any) -> Array:
@@ -58,6 +79,6 @@ def call(q: Array, k: Array, v: Array, mask: Mask | None, scale: float, implemen
         # A length of 0 would divide by 0; what its queries get is thrown away.
         lengths = jnp.clip(jnp.broadcast_to(jnp.asarray(found.lengths), tuple(leading)), 1, k.shape[-2])
         options["key_value_seq_lengths"] = lengths.reshape(batch).astype(jnp.int32)
-    turned = (jnp.moveaxis(a.reshape(batch, *a.shape[-3:]), 1, 2) for a in (q, k, v))  # [B, T, N, H]
-    heads = jax.nn.dot_product_attention(*turned, implementation=implementation, **options)
+    transposed = (jnp.moveaxis(a.reshape(batch, *a.shape[-3:]), 1, 2) for a in (q, k, v))  # [B, T, N, H]
+    heads = jax.nn.dot_product_attention(*transposed, implementation=implementation, **options)
     return jnp.moveaxis(heads, 1, 2).reshape(q.shape).astype(v.dtype)

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.extend import core
 
 from mhajax import scores
-from mhajax.kernels import devices
+from mhajax.kernels import varying
 
 
 def hoist(score: Callable, dtype: Any, num_heads: int, *others: Any) -> tuple[Callable, tuple[Array, ...]]:
@@ -41,13 +41,13 @@ def hoist(score: Callable, dtype: Any, num_heads: int, *others: Any) -> tuple[Ca
             "kernels: score must give one number for (score, head, q_position, k_position), which are single numbers, "
             f"got {jax.tree.map(lambda a: f'{a.dtype}{list(a.shape)}', out)}; index arrays by head and positions."
         )
-    varying = devices.axes(others, traced.consts)
-    if varying:
-        traced = jax.make_jaxpr(score)(*devices.over(varying, [jnp.zeros((), a.dtype) for a in example]))
-    given = [constant if isinstance(constant, Tracer) else None for constant in traced.consts]
-    constants = tuple(constant for constant in given if constant is not None)
+    axes = varying.axes(others, traced.consts)
+    if axes:
+        traced = jax.make_jaxpr(score)(*varying.over(axes, [jnp.zeros((), a.dtype) for a in example]))
+    slots = [constant if isinstance(constant, Tracer) else None for constant in traced.consts]
+    constants = tuple(constant for constant in slots if constant is not None)
     for constant in constants:
-        if missing := varying - devices.axes(constant):
+        if missing := axes - varying.axes(constant):
             raise ValueError(
                 f"kernels: score closes over an array {constant.dtype}{list(constant.shape)} that is the same on all "
                 f"devices along {sorted(missing)}, and what it scores is not; make it vary with jax.lax.pcast(array, "
@@ -58,12 +58,12 @@ def hoist(score: Callable, dtype: Any, num_heads: int, *others: Any) -> tuple[Ca
     def pure(x: Array, head: Array, q_position: Array, k_position: Array, *constants: Array) -> Array:
         arguments = iter(constants)
         filled = [
-            constant if place is None else _from_bits(next(arguments), place.dtype)
-            for place, constant in zip(given, traced.consts, strict=True)
+            constant if slot is None else _from_bits(next(arguments), slot.dtype)
+            for slot, constant in zip(slots, traced.consts, strict=True)
         ]
         function = core.jaxpr_as_fun(core.ClosedJaxpr(traced.jaxpr, filled))  # pyright: ignore[reportPrivateImportUsage]
-        places = [jnp.asarray(place, jnp.int32) for place in (head, q_position, k_position)]
-        return function(*devices.over(varying, [x, *places]))[0].astype(x.dtype)
+        indices = [jnp.asarray(index, jnp.int32) for index in (head, q_position, k_position)]
+        return function(*varying.over(axes, [x, *indices]))[0].astype(x.dtype)
 
     return pure, tuple(map(_as_bits, constants))
 
@@ -72,8 +72,8 @@ def _as_bits(constant: Array) -> Array:
     """An array that a custom derivative takes: integers and booleans go as floats with their bits."""
     if not jnp.issubdtype(constant.dtype, jnp.integer) and constant.dtype != bool:
         return constant
-    whole, real = (jnp.int64, jnp.float64) if constant.dtype.itemsize == 8 else (jnp.int32, jnp.float32)
-    return jax.lax.bitcast_convert_type(constant.astype(whole), real)
+    whole, floating = (jnp.int64, jnp.float64) if constant.dtype.itemsize == 8 else (jnp.int32, jnp.float32)
+    return jax.lax.bitcast_convert_type(constant.astype(whole), floating)
 
 
 def _from_bits(array: Array, dtype: Any) -> Array:

@@ -27,7 +27,8 @@ import numpy as np
 from jax import Array
 
 from mhajax import masks
-from mhajax.kernels import guard
+from mhajax.kernels.contract import FEW, Inputs, Request
+from mhajax.kernels.external import guard
 from mhajax.masks import Conditions, Mask
 
 LANES = 128  # a block is a multiple of it
@@ -35,17 +36,30 @@ LARGEST_BLOCK = 512
 HIDDEN = -1  # segment that no query has
 
 
-def attend(q: Array, k: Array, v: Array, *, mask: Mask | None = None, scale: float) -> Array:
-    """The heads' outputs [..., N, T, Hv] in the dtype of v; the contract is that of `kernels.attend`.
+def refusal(request: Request) -> str:
+    """What it has no option for."""
+    if jnp.result_type(request.q.dtype, request.k.dtype, request.v.dtype) == jnp.float64:
+        return "splash attention has no float64"
+    if jax.config.jax_enable_x64:
+        return "splash attention cannot be traced while jax_enable_x64 is on"
+    return guard.refusal("splash attention", request)
 
-    Args:
-      q: [..., N, T, H].
-      k: [..., K, S, H].
-      v: [..., K, S, Hv].
-      mask: of conditions that `kernels.choice` lets through.
-      scale: factor of the products.
-    """
-    return guard.around(lambda q, k, v: _call(q, k, v, mask, scale), q, k, v, mask)
+
+def reluctance(request: Request) -> str:
+    """Where it is interpreted, or not quick."""
+    if request.platform != "tpu":
+        return "splash attention needs a TPU"
+    if request.spread:
+        return "the compiler cannot partition splash attention between devices: call it inside shard_map"
+    if request.few:
+        return FEW
+    short = min(request.q.shape[-2], request.k.shape[-2]) < LANES
+    return f"a block of splash attention has at least {LANES} tokens" if short else ""
+
+
+def attend(inputs: Inputs) -> tuple[Array, None]:
+    """The heads' outputs [..., N, T, Hv] in the dtype of v, for conditions that `refusal` lets through."""
+    return guard.around(lambda q, k, v: _call(q, k, v, inputs.mask, inputs.scale), inputs), None
 
 
 def _call(q: Array, k: Array, v: Array, mask: Mask | None, scale: float) -> Array:
@@ -53,21 +67,21 @@ def _call(q: Array, k: Array, v: Array, mask: Mask | None, scale: float) -> Arra
     *leading, num_heads, length, _ = q.shape
     batch, num_keys = math.prod(leading), k.shape[-2]
     found = masks.conditions(mask)
-    rows, columns = _block(length), _block(num_keys)
-    # With a window, blocks of queries beyond the last key would have no key to look at: let padding be there.
-    padded = _whole(length, rows), _whole(num_keys if found.window is None else max(length, num_keys), columns)
+    block_q, block_k = _block(length), _block(num_keys)
+    # With a window, blocks of queries beyond the last key would have no key to attend to: let padding be there.
+    padded = _whole(length, block_q), _whole(num_keys if found.window is None else max(length, num_keys), block_k)
     narrow = jnp.result_type(q, k, v) == jnp.bfloat16 and not _old_chip()
     dtype = jnp.bfloat16 if narrow else jnp.float32
 
-    def laid_out(a: Array, size: int) -> Array:
+    def pad(a: Array, size: int) -> Array:
         a = a.reshape(batch, *a.shape[-3:]).astype(dtype)
         return jnp.pad(a, ((0, 0), (0, 0), (0, size - a.shape[-2]), (0, 0)))
 
     scaled = q * jnp.asarray(scale, jnp.promote_types(q.dtype, jnp.float32))
     segments = _segments(found, tuple(leading), (length, num_keys), padded)
-    kernel = partial(_kernel, found, num_heads, padded, (rows, columns))
+    kernel = partial(_kernel, found, num_heads, padded, (block_q, block_k))
     heads = jax.lax.platform_dependent(
-        laid_out(scaled, padded[0]), laid_out(k, padded[1]), laid_out(v, padded[1]), segments,
+        pad(scaled, padded[0]), pad(k, padded[1]), pad(v, padded[1]), segments,
         tpu=partial(_over_examples, kernel(interpret=False)),
         default=partial(_over_examples, kernel(interpret=True)),
     )  # fmt: skip
@@ -100,10 +114,8 @@ def _kernel(found: Conditions, num_heads: int, shape: tuple[int, int], blocks: t
         one_head = splash.LocalMask(shape, (before, after), offset=0)
     else:
         one_head = splash.CausalMask(shape) if found.causal else splash.FullMask(shape)
-    rows, columns = blocks
-    sizes = splash.BlockSizes(
-        block_q=rows, block_kv=columns, block_q_dkv=rows, block_kv_dkv=columns, block_q_dq=rows, block_kv_dq=columns
-    )
+    q, kv = blocks
+    sizes = splash.BlockSizes(block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv)
     return splash.make_splash_mha(
         splash.MultiHeadMask([one_head] * num_heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
         interpret=interpret,
@@ -115,9 +127,7 @@ def _over_examples(kernel: Any, q: Array, k: Array, v: Array, segments: tuple[Ar
 
     if segments is None:
         return jax.vmap(kernel)(q, k, v)
-    return jax.vmap(lambda q, k, v, asking, answering: kernel(q, k, v, splash.SegmentIds(asking, answering)))(
-        q, k, v, *segments
-    )
+    return jax.vmap(lambda q, k, v, of_q, of_k: kernel(q, k, v, splash.SegmentIds(of_q, of_k)))(q, k, v, *segments)
 
 
 def _segments(
@@ -127,24 +137,24 @@ def _segments(
     if found.lengths is None and found.segments is None and sizes[1] == padded[1]:
         return None
     batch = math.prod(leading)
-    asking, answering = (jnp.zeros((batch, size), jnp.int32) for size in sizes)
+    of_q, of_k = (jnp.zeros((batch, size), jnp.int32) for size in sizes)
     if found.segments is not None:
-        asking, answering = (
+        of_q, of_k = (
             jnp.broadcast_to(jnp.asarray(ids), (*leading, size)).reshape(batch, size)
             for ids, size in zip(found.segments, sizes, strict=True)
         )
-        asking, answering = jax.vmap(_numbered)(asking, answering)
+        of_q, of_k = jax.vmap(_numbered)(of_q, of_k)
     if found.lengths is not None:
         lengths = jnp.broadcast_to(jnp.asarray(found.lengths), leading).reshape(batch, 1)
-        answering = jnp.where(jnp.arange(sizes[1]) < lengths, answering, HIDDEN)
+        of_k = jnp.where(jnp.arange(sizes[1]) < lengths, of_k, HIDDEN)
     pad = lambda ids, size: jnp.pad(ids, ((0, 0), (0, size - ids.shape[1])), constant_values=HIDDEN)  # noqa: E731
-    return jnp.maximum(pad(asking, padded[0]), 0), pad(answering, padded[1])
+    return jnp.maximum(pad(of_q, padded[0]), 0), pad(of_k, padded[1])
 
 
-def _numbered(asking: Array, answering: Array) -> tuple[Array, Array]:
+def _numbered(of_q: Array, of_k: Array) -> tuple[Array, Array]:
     """Segments renumbered from 0, `HIDDEN` for keys of a segment that no query has."""
-    known = jnp.sort(asking)
-    place = jnp.searchsorted(known, answering)
-    there = known[jnp.minimum(place, known.shape[0] - 1)] == answering
-    place = jnp.where(there, place, HIDDEN)
-    return jnp.searchsorted(known, asking).astype(jnp.int32), place.astype(jnp.int32)
+    known = jnp.sort(of_q)
+    number = jnp.searchsorted(known, of_k)
+    found = known[jnp.minimum(number, known.shape[0] - 1)] == of_k
+    number = jnp.where(found, number, HIDDEN)
+    return jnp.searchsorted(known, of_q).astype(jnp.int32), number.astype(jnp.int32)

@@ -23,11 +23,14 @@ def axes(*trees: Any) -> frozenset:
 
 def over(varying: frozenset, tree: Any) -> Any:
     """The tree, with its arrays varying over these axes too; NumPy's stay as they are."""
-    return jax.tree.map(lambda leaf: _over(varying, leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+    lax = cast(Any, jax.lax)
 
+    def one(leaf: Any) -> Any:
+        missing = tuple(varying - axes(leaf)) if isinstance(leaf, jax.Array) else ()
+        if not missing:
+            return leaf
+        return (
+            lax.pcast(leaf, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(leaf, missing)
+        )  # before 0.8
 
-def _over(varying: frozenset, array: Any) -> Any:
-    more, lax = tuple(varying - axes(array)), cast(Any, jax.lax)
-    if not more:
-        return array
-    return lax.pcast(array, more, to="varying") if hasattr(lax, "pcast") else lax.pvary(array, more)  # before 0.8
+    return jax.tree.map(one, tree)
