@@ -14,6 +14,7 @@ from tiers import tiered
 from mhajax import attention, kernels, masks
 from mhajax.interventions import Capture
 from mhajax.kernels import blockwise, dense, ring
+from mhajax.kernels.contract import Inputs
 from mhajax.masks import Tokens
 
 B, N, T, S = 2, 3, 5, 7
@@ -394,7 +395,7 @@ def written_out(mask):
 
 
 @pytest.mark.parametrize("tiling", tiered([[3, 4, 5], [2, 16, 13]], [3, 4, 5]), ids=str)
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", tiered(OWN, "by position", "combined"))
 def test_a_mask_that_only_defines_block_is_evaluated_by_tiles(name, tiling):
     """Tiles that do not fit, tiles larger than all: the numbers of the dense path, with the pairs written out."""
     q, places = jax.random.normal(jax.random.key(0), (B, N, LONG, 4)), masks.tokens(LONG)
@@ -403,7 +404,7 @@ def test_a_mask_that_only_defines_block_is_evaluated_by_tiles(name, tiling):
     def run(mask):
         def gradient(attend: Any, mask, **options):
             def loss(q):
-                heads, _ = attend(q, q, q, mask=mask, queries=places, keys=places, scale=0.5, **options)
+                heads, _ = attend(Inputs(q, q, q, places, places, mask, scale=0.5, **options))
                 return jnp.sum(heads**2), heads
 
             return jax.grad(loss, has_aux=True)(q)
