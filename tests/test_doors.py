@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import random_params
+from tiers import tiered
 
 from mhajax import attention, interventions, kernels, language_model, masks, norm, scores, transformer
 from mhajax.attentions import PerAttention
@@ -46,7 +47,7 @@ def test_a_mask_of_ones_own_is_drawn():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("rolling", tiered([False, True], True))
 def test_a_mask_of_ones_own_in_a_language_model_and_its_cache(rolling):
     config = language_model.Config(vocab_size=11, d_model=6, num_heads=3, num_layers=2)
     params = random_params(language_model.init_params, config)
@@ -209,6 +210,7 @@ def test_a_kernel_path_of_ones_own_in_attention():
             attention.apply(params, x, config, kernel=plain, **options)
 
 
+@pytest.mark.slow
 def test_a_kernel_path_of_ones_own_in_a_language_model():
     config = language_model.Config(d_model=6, num_heads=3, num_layers=2, vocab_size=7, d_ff=5)
     params, tokens = random_params(language_model.init_params, config), jnp.array([[1, 5, 2, 2, 6]])

@@ -114,6 +114,7 @@ def test_it_begins_and_stops_at_a_layer():
         transformer.part(stage.params, stage.config, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_language_model_with_a_window_another_base_and_another_table():
     """Rotary angles of a base and of its frequencies are the same; the table of the logits is read, the window kept."""
     config = language_model.Config(

@@ -100,16 +100,22 @@ def test_the_loss_is_the_cross_entropy_of_the_hidden_tokens(words):
     shape = encoder.Config(d_model=8, num_heads=2, num_layers=1, d_ff=8, vocab_size=words.size)
     config = masked.Config(model=replace(shape, vocab_size=None))
     model = build_model(config, words)
-    params = initialiser(model)(jax.random.key(0))
+    params = jax.jit(initialiser(model))(jax.random.key(0))
     bias = jnp.arange(words.size) / 10.0
     params["head"]["output_bias"] = bias
     batch = jnp.asarray([words.encode(TEXT)[:13], words.encode(TEXT)[3:16]])
     key = jax.random.key(3)
-    loss, seen = masked._loss(config, model, words.mask, params, batch, key)
     tokens = batch[:, :-1]
-    read, told = masked.disguise(jax.random.split(key)[0], tokens, config.masking, words.mask)
-    logits = encoder.apply(linen.functional(model, params), read, model.config)
-    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
+
+    @jax.jit
+    def both(params):
+        loss, seen = masked._loss(config, model, words.mask, params, batch, key)
+        read, told = masked.disguise(jax.random.split(key)[0], tokens, config.masking, words.mask)
+        logits = encoder.apply(linen.functional(model, params), read, model.config)
+        nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
+        return loss, seen, nats, told
+
+    loss, seen, nats, told = both(params)
     assert 0 < int(told.sum()) == int(seen["weight"])
     np.testing.assert_allclose(loss, float((nats * told).sum() / told.sum()), rtol=1e-5)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import tiered
 
 from experiments import config as configs
 from experiments import kinds
@@ -264,7 +265,7 @@ def test_the_config_is_read_and_shrunk():
         configs.read("configs/syntax.toml", ["arms=[{draws=1}]"])
 
 
-@pytest.mark.parametrize("language", ["en", "de"])
+@pytest.mark.parametrize("language", tiered(["en", "de"], "de"))
 def test_the_real_trees(language):
     try:
         file = dependencies.path(dependencies.Treebanks(), language)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiers import tiered
 
 from experiments.data import fetch, word_senses
 from experiments.data.word_senses import CoarseWSD, Sentence, Word
@@ -140,7 +139,8 @@ def test_the_classifier_takes_the_nearest_sense_and_says_nothing_of_a_constant()
     assert (classifier.answers(np.asarray(classifier.scores(own, jnp.asarray(same))), 2) == 2).all()
 
 
-@pytest.mark.parametrize("kind", tiered(["encoder", "language model"], "language model"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder", "language model"])
 def test_removed_heads_and_attention_are_those_of_the_whole_model(kind):
     loaded = random_model(kind)
     causal = kind != "encoder"

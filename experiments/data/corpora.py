@@ -182,6 +182,7 @@ def _(data: ParallelFiles) -> ParallelCorpus:
             held_out[name] = read.pairs(name, Path(source), Path(target))
         else:
             train, held_out[name] = train[:-hold_out], train[-hold_out:]
+            read.hashes[name] = _hash_lines(held_out[name])
     if not train:
         raise DataError(
             f"{data.train_source}: no sentence is left to train on after data.hold_out={hold_out} were taken for "
@@ -217,7 +218,8 @@ def _(data: Grammar) -> TextCorpus:
 def _(data: TextFile) -> TextCorpus:
     whole = files.read_text(data.path)
     cut = round(len(whole) * (1 - data.validation_share))
-    return TextCorpus(whole[:cut], whole[cut:], {Path(data.path).name: files.sha256(data.path)})
+    hashes = {Path(data.path).name: files.sha256(data.path), "validation": _hash(whole[cut:])}
+    return TextCorpus(whole[:cut], whole[cut:], hashes)
 
 
 class _Reader:
@@ -233,5 +235,8 @@ class _Reader:
 
 
 def _hash_lines(pairs: Iterable[tuple[str, str]]) -> str:
-    content = "".join(f"{source}\t{target}\n" for source, target in pairs)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return _hash("".join(f"{source}\t{target}\n" for source, target in pairs))
+
+
+def _hash(content: str) -> str:
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
