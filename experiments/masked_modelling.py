@@ -115,6 +115,9 @@ def prepare(config: Config, folder: Path) -> Task:
     stream = batches.TextBatches(
         train, batch_size=config.batches.size, length=config.batches.length, seed=config.training.seed
     )
+    if not _hidden_in(len(validation), config.batches.length):
+        raise DataError(f"the {len(validation):,} held-out {words.unit}s are too few: none of them is hidden, so "
+                        "nothing says how well hidden ones are told; give more text.")  # fmt: skip
     judge = _judge(config, model, words.mask, validation)
 
     def evaluate(params: Any) -> dict[str, list[float]]:
@@ -231,6 +234,14 @@ def _loss(config: Config, model: linen.Model, mask: int, params: Any, batch: Arr
     sums = _token_sums(config, model, params, features, tokens, told)
     weight = jnp.maximum(sums.weight, 1)  # a small batch may have none to be told
     return sums.loss / weight, {"accuracy": sums.correct / weight, "weight": sums.weight}
+
+
+def _hidden_in(tokens: int, length: int) -> int:
+    """How many tokens of a held-out text are hidden, in windows."""
+    starts = range(0, max(tokens - 1, 0), length)
+    return sum(
+        int(of_text.hidden_places(number, length)[: tokens - 1 - start].sum()) for number, start in enumerate(starts)
+    )
 
 
 def _judge(config: Config, model: linen.Model, mask: int, text: np.ndarray):

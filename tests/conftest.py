@@ -21,13 +21,20 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+# A file is one process's, so what takes longest comes first: at the end no process waits for another.
+LONGEST = (
+    "test_experiments", "test_attention", "test_kernels", "test_doors", "test_word_sense", "test_readme", "test_cli",
+    "test_cache", "test_masks", "test_roles", "test_variants", "test_scores", "test_runs", "test_view", "test_training",
+)  # fmt: skip
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Examples in docstrings are in the slow tier; those of README run every time."""
+    """Examples in docstrings are in the slow tier; those of README run every time. The longest files come first."""
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="module")

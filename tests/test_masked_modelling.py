@@ -13,7 +13,7 @@ import pytest
 from experiments import masked_modelling as masked
 from experiments import schema
 from experiments.__main__ import main
-from experiments.data import vocabulary
+from experiments.data import batches, vocabulary
 from experiments.data.vocabulary import SPECIAL_TOKENS, UNK
 from experiments.errors import ConfigError
 from experiments.heads import of_text
@@ -156,6 +156,21 @@ def test_a_run_from_end_to_end(tmp_path):
     assert status == 0 and len(json.loads(out)["heads"]) == 2, err
     status, _, err = call("sample", run)
     assert status == 2 and "masked_language_model" in err
+
+
+def test_a_text_in_which_nothing_is_hidden_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("a b c d e f g h i j k l m n o")
+    (tmp_path / "mine.toml").write_text(TOML)
+    status, _, err = call(tmp_path / "mine.toml", "data.validation_share=0.14", "batches.length=4", "--runs", tmp_path)
+    assert status == 2 and "2 held-out words are too few" in " ".join(err.split()), err
+
+
+def test_as_many_tokens_are_counted_as_are_hidden():
+    text, length = np.arange(50, dtype=np.int32), 12
+    found = 0
+    for number, batch in enumerate(batches.windows(text, batch_size=1, length=length)):
+        found += of_text.hidden_places(number, length)[: batch.lengths[0]].sum()
+    assert masked._hidden_in(len(text), length) == found > 0
 
 
 def test_the_same_tokens_are_hidden_in_every_evaluation():

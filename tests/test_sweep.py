@@ -1,5 +1,6 @@
 """A study of arms: its rule on numbers whose answer is known, its page, and arms that are not trained twice."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from experiments.errors import ConfigError
 from experiments.studies import sweep
 from experiments.studies.sweep import rules
 from experiments.studies.sweep.rules import Trained
+from mhajax import training
 
 ARMS = (
     sweep.Arm("four heads", ("model.num_heads=4",)),
@@ -36,6 +38,8 @@ class Trainer:
             raise ConfigError("d_model must be a multiple of num_heads")
 
     def __call__(self, path, lines, name):
+        if "training.learning_rate=9.0" in lines:
+            raise training.NonFinite("the loss is not finite", 3)
         self.asked.append((name, tuple(lines)))
         heads = int(next((line[-1] for line in lines if "num_heads" in line), "1"))
         seeds = int(next(line[-1] for line in lines if "seeds" in line))
@@ -83,6 +87,15 @@ def test_several_comparisons_are_paid_for():
     one = rules.compare(arms[:2], "lower", 0.0)[0].ahead
     three = rules.compare(arms, "lower", 0.0)[0].ahead
     assert three.value == one.value and three.low < one.low and three.high > one.high
+
+
+def test_a_setting_that_diverges_is_no_candidate():
+    lines = ("training.learning_rate=9.0", "training.learning_rate=1e-3")
+    answer = sweep.answer(dataclasses.replace(CONFIG, tuned=lines), Trainer())
+    assert answer.numbers["arms"][0]["tried"] == {lines[0]: None, lines[1]: pytest.approx(1.9, abs=0.05)}
+    assert answer.numbers["arms"][0]["lines"][-1] == lines[1]
+    with pytest.raises(ConfigError, match="arm 'four heads': with none of the lines"):
+        sweep.answer(dataclasses.replace(CONFIG, tuned=lines[:1]), Trainer())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ with an interval that holds for all comparisons of the study together (Bonferron
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from experiments.errors import ConfigError, DataError
 from experiments.studies.study import Answer, Train
 from experiments.studies.sweep import report
 from experiments.studies.sweep.rules import Trained
+from mhajax import training
 
 LEAST = 3  # seeds; two have no interval worth the name
 
@@ -125,13 +127,20 @@ def answer(config: Config, train: Train) -> Answer:
 
 def _trained(config: Config, arm: Arm, lines: tuple[str, ...], train: Train) -> Trained:
     """An arm with the best of the lines that are tried for it."""
-    tried: dict[str, float] = {}
+    tried: dict[str, float | None] = {}
     spent = 0.0
     for line in config.tuned:
-        result = train(config.base.path, _seeds([*lines, line], 1), f"{arm.name}, {line}")
+        try:
+            result = train(config.base.path, _seeds([*lines, line], 1), f"{arm.name}, {line}")
+        except training.NonFinite:  # such a setting is no candidate
+            tried[line] = None
+            continue
         tried[line] = _number(config, result)
         spent += result["seconds"]
-    best = [min(tried, key=lambda line: tried[line] * (1 if config.better == "lower" else -1))] if tried else []
+    finite = {line: value for line, value in tried.items() if value is not None and math.isfinite(value)}
+    if tried and not finite:
+        raise ConfigError(f"arm {arm.name!r}: with none of the lines in tuned it has a finite {config.measure}.")
+    best = [min(finite, key=lambda line: finite[line] * (1 if config.better == "lower" else -1))] if finite else []
     result = train(config.base.path, _seeds([*lines, *best], config.seeds), arm.name)
     _number(config, result)
     return Trained(

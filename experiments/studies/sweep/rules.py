@@ -23,7 +23,7 @@ class Trained(NamedTuple):
       control: has no say in the verdict.
       lines: what it changes, the chosen one of the tuned lines last.
       values: the measure of each seed.
-      tried: of each line that was tried for it, the measure of the first seed.
+      tried: of each line that was tried for it, the measure of the first seed; None where it diverged.
       parameters: how many it has.
       seconds: of training.
     """
@@ -32,7 +32,7 @@ class Trained(NamedTuple):
     control: bool
     lines: tuple[str, ...]
     values: Sequence[float]
-    tried: dict[str, float]
+    tried: dict[str, float | None]
     parameters: int
     seconds: float
 
