@@ -24,6 +24,7 @@ Other commands:
   python -m experiments heads MODEL --text FILE           the same of a pretrained model: a folder, a GGUF file
   python -m experiments translate RUN < sentences.txt     translate lines from standard input
   python -m experiments sample RUN [--prompt TEXT]        let a language model write
+  python -m experiments claims                            run every study; what they say, in one table
   python -m experiments keys [KIND]                       what may stand in a config, and what it means
   python -m experiments fetch NAME …                      download public data and pretrained models
   python -m experiments bench attention                   time it against the other libraries
@@ -207,6 +208,20 @@ def _heads(arguments: list[str]) -> int:
     return 0
 
 
+def _claims(arguments: list[str]) -> int:
+    extras.need("experiments")
+    host.keep_memory()
+
+    from experiments import claims
+    from mhajax import training
+
+    try:
+        return claims.command(arguments)
+    except training.Interrupted as stop:
+        print(f"{stop} The same command goes on from there.", file=sys.stderr)
+        return 130
+
+
 def _keys(arguments: list[str]) -> int:
     extras.need("experiments")
     from experiments import keys
@@ -230,6 +245,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "translate": _translate,
     "sample": _sample,
     "heads": _heads,
+    "claims": _claims,
     "keys": _keys,
     "fetch": _fetch,
     "bench": _bench,

@@ -19,7 +19,7 @@ from experiments.page import Page
 from mhajax.figures import Drawing
 
 Word = Literal["supported", "refuted", "not resolved"]
-_COLOURS = {"supported": "green", "refuted": "red", "not resolved": "yellow"}
+COLOURS = {"supported": "green", "refuted": "red", "not resolved": "yellow"}
 
 
 class Verdict(NamedTuple):
@@ -117,7 +117,7 @@ def run(study: ModuleType, config: Any, folder: Path, console: Console, train: T
 
 def _show(result: dict[str, Any], folder: Path, console: Console) -> None:
     for verdict in result["verdicts"]:
-        colour = _COLOURS.get(verdict["word"], "white")
+        colour = COLOURS.get(verdict["word"], "white")
         console.print(f"[bold {colour}]{verdict['word']}[/]  {verdict['claim']}", soft_wrap=True, highlight=False)
         console.print(f"    {verdict['because']}", style="dim", soft_wrap=True, highlight=False)
     console.print(f"{result['seconds']:.0f} s · the report is {folder / REPORT}", highlight=False, soft_wrap=True)
