@@ -22,11 +22,11 @@ from experiments import keys, kinds, tables
 from experiments.__main__ import main
 from experiments.data import batches, corpora, vocabulary
 from experiments.heads import findings, measure, numbers, of_text, report
-from experiments.page import Page
 from experiments.studies import Answer, Verdict
 from experiments.task import Task, build_model, initialiser, seeds_of
 from mhajax import language_model, linen, training
 from mhajax.figures import head_table
+from mhajax.report.page import Page
 from mhajax.statistics import Tally
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

@@ -20,9 +20,9 @@ import jax
 from rich.console import Console
 
 from experiments.heads import findings, numbers, report
-from experiments.page import Page
 from experiments.task import Task, seeds_of
 from mhajax.figures import Drawing
+from mhajax.report.page import Page
 
 
 class Report(NamedTuple):

@@ -13,10 +13,10 @@ from experiments.heads.costs import ORDERS
 from experiments.heads.examined import Examined, Kind
 from experiments.heads.findings import TOLERATED, Findings, Relation
 from experiments.heads.roles import Role
-from experiments.page import Column, Page
 from mhajax import figures, view
 from mhajax.figures import Drawing
 from mhajax.heads import matching
+from mhajax.report.page import Column, Page
 from mhajax.statistics import Measure
 
 Drawings = dict[str, Drawing]
