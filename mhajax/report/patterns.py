@@ -1,4 +1,4 @@
-"""Every measure of every head on the held-out sentences, one trained model at a time.
+"""Where every head looks, sentence by sentence, one model at a time.
 
 A compiled step turns a batch of sentences into sums per sentence and head; the attention weights of a corpus are never
 together in memory. What comes out is `Tally`s whose axes are [sentences, L, N]; the models (seeds) are stacked in
@@ -15,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.heads import gold
-from experiments.heads.examined import Examined
 from mhajax.heads import alignment, diversity, patterns, roles
+from mhajax.report.progress import Progress, silent
+from mhajax.report.subject import Subject
 from mhajax.statistics import Tally
 
 Tallies = dict[str, dict[str, Tally]]  # kind of attention → measure → [sentences, L, N]
 
 
 # Where a head looks, for what share of its attention: a row is in the report, with the head that does it most, and in
-# heads.json of every head. The functions take weights [L, B, N, T, S], visible keys [1, B, 1, T, S] and, in a text that
-# attends to itself, its tokens [B, 1, T]; they give a Tally whose parts broadcast to [L, B, N].
+# its numbers of every head. The functions take weights [L, B, N, T, S], visible keys [1, B, 1, T, S] and, in a text
+# that attends to itself, its tokens [B, 1, T]; they give a Tally whose parts broadcast to [L, B, N].
 MEASURES: dict[str, Callable[[Array, Array], Tally]] = {"first token": roles.sink}
 MEASURES_OF_TEXT: dict[str, Callable[[Array, Array, Array], Tally]] = {
     "previous token": lambda weights, keys, ids: roles.previous_token(weights, keys),
@@ -34,22 +34,23 @@ MEASURES_OF_TEXT: dict[str, Callable[[Array, Array, Array], Tally]] = {
     "same word before": roles.duplicate_token,
     "after the same word": roles.induction,
 }
-SPREAD = ("distance", "entropy")  # how far and how widely: the measures that are no share
+NOT_SHARES = ("distance", "entropy")  # how far and how widely: the measures that are no share
 
 Asked = tuple[str, str]  # key of a relation, and a part of it by distance; "" is all of it
 
 
-class Looks(NamedTuple):
+class Patterns(NamedTuple):
     """Where the heads of one model look.
 
     Attributes:
       measures: kind → measure → [sentences, L, N]: distance, entropy, and the roles that need no gold.
-      relations: relation (or part of one) → [sentences, L, N]: hits of the strongest key; the baseline is a key drawn
-        from the visible ones.
-      agreement: (reading, baseline) → [sentences, L, N]: 1 - alignment error rate of cross attention; empty without
-        gold.
+      relations: relation (or part of one) → [sentences, L, N]: how often the key with most weight is a right one; the
+        baseline is a key drawn from the visible ones.
+      agreement: (reading, baseline) → [sentences, L, N]: 1 - alignment error rate; empty unless the subject says what
+        is aligned.
       differences: kind → measure → [sentences, L]: how the heads of a layer differ from each other.
-      outputs: kind → [tokens, L, N, Hv], what every head gives at every real query, to compare models with.
+      outputs: kind → [tokens, L, N, Hv], what every head gives at every valid query, to compare models with; empty
+        where there are only weights.
     """
 
     measures: Tallies
@@ -59,121 +60,139 @@ class Looks(NamedTuple):
     outputs: dict[str, np.ndarray]
 
 
-def looks(model: Examined) -> Callable[[Any], Looks]:
-    """A function from parameters to where the heads look; compiled once for all models of this shape."""
+def make_measure(subject: Subject, progress: Progress = silent) -> Callable[[Any], Patterns]:
+    """A function from parameters to where the heads look; compiled once for all models of this shape.
+
+    Args:
+      subject: the functions of the model, and its sentences.
+      progress: told how far it is.
+    """
+    aligned = subject.aligned_relation()
+    is_self = {kind.name: kind.is_self for kind in subject.kinds}
 
     @jax.jit
-    def step(params, batch, visible, tokens, right):
-        seen = model.capture(params, batch, ("weights", "heads"))
+    def step(params, batch, visible, tokens, gold):
+        captured = subject.capture(params, batch, ("weights", "heads"))
         measures, agreement, differences = {}, {}, {}
-        for kind, arrays in seen.items():
-            measures[kind] = _measures(arrays["weights"], visible[kind], tokens[kind], own=kind != "cross")
+        for kind, arrays in captured.items():
+            measures[kind] = _measures(arrays["weights"], visible[kind], tokens[kind], is_self=is_self[kind])
             differences[kind] = _differences(**arrays, visible=visible[kind][None, :, None])
-        if (gold.ALIGNED.key, "") in right:
-            agreement = _agreement(seen["cross"]["weights"], visible["cross"], right[gold.ALIGNED.key, ""])
-        heads = {kind: arrays["heads"] for kind, arrays in seen.items()}
-        return (measures, _hits(seen, visible, right), agreement, differences), heads
+        if aligned is not None:
+            kind = aligned.kind
+            agreement = _agreement(captured[kind]["weights"], visible[kind], gold[aligned.key, ""])
+        heads = {kind: arrays["heads"] for kind, arrays in captured.items() if "heads" in arrays}
+        return (measures, _hits(captured, visible, gold), agreement, differences), heads
 
-    def run(params: Any) -> Looks:
+    def measure(params: Any) -> Patterns:
         found = []
-        for batch in model.watched("where heads look"):
-            visible = model.visible(batch)
-            sums, heads = jax.device_get(step(params, batch, visible, model.tokens(batch), _right(model, batch)))
+        for batch in subject.watched("where heads look", progress):
+            visible = subject.visible(batch)
+            sums, heads = jax.device_get(step(params, batch, visible, subject.tokens(batch), _gold(subject, batch)))
             outputs = {
                 kind: np.moveaxis(a, (1, 3), (0, 1))[visible[kind].any(-1)] for kind, a in heads.items()
             }  # [L, B, N, T, Hv] → [B, T, L, N, Hv] → [tokens, L, N, Hv]
-            found.append((*_of_sentences(model, batch, sums), outputs))
-        return Looks(*jax.tree.map(lambda *parts: np.concatenate(parts), *found))
+            found.append((*_of_sentences(subject, batch, sums), outputs))
+        return Patterns(*jax.tree.map(lambda *parts: np.concatenate(parts), *found))
 
-    return run
+    return measure
 
 
-def brief(model: Examined, params: Any) -> tuple[Tallies, dict[Asked, Tally]]:
-    """Of all that only distance and entropy, and the relations: for a table at the end of a run."""
+def measure_briefly(subject: Subject, params: Any, progress: Progress = silent) -> tuple[Tallies, dict[Asked, Tally]]:
+    """Of all that only distance and entropy, and the relations: for a table at the end of a training."""
 
     @jax.jit
-    def step(params, batch, visible, right):
-        seen = model.capture(params, batch, ("weights",))
-        measures = {kind: _spread(arrays["weights"], visible[kind]) for kind, arrays in seen.items()}
-        return measures, _hits(seen, visible, right)
+    def step(params, batch, visible, gold):
+        captured = subject.capture(params, batch, ("weights",))
+        measures = {kind: _far_and_wide(arrays["weights"], visible[kind]) for kind, arrays in captured.items()}
+        return measures, _hits(captured, visible, gold)
 
     found = [
-        _of_sentences(model, batch, jax.device_get(step(params, batch, model.visible(batch), _right(model, batch))))
-        for batch in model.watched("where heads look")
+        _of_sentences(
+            subject, batch, jax.device_get(step(params, batch, subject.visible(batch), _gold(subject, batch)))
+        )
+        for batch in subject.watched("where heads look", progress)
     ]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
 
-def _of_sentences(model: Examined, batch: Any, sums: Any) -> Any:
+def _of_sentences(subject: Subject, batch: Any, sums: Any) -> Any:
     """Arrays [L, B, …] as [sentences, L, …], without the rows of filling."""
-    return jax.tree.map(lambda a: np.moveaxis(a, 1, 0)[model.rows(batch)], sums)
+    return jax.tree.map(lambda a: np.moveaxis(a, 1, 0)[subject.rows(batch)], sums)
 
 
-def guesses(model: Examined) -> dict[Asked, dict[str, Tally]]:
-    """What simple rules reach on the same relations: relation (or part of one) → rule → [sentences].
-
-    The rules are those of `gold.rules`: every fixed offset, and for relations that may be far also nouns.
-    """
+def measure_baselines(subject: Subject) -> dict[Asked, dict[str, Tally]]:
+    """What the subject's baselines reach on the same relations: relation (or part of one) → name → [sentences]."""
     found: dict[Asked, dict[str, list[Tally]]] = {}
-    relations = {relation.key: relation for relation in model.relations}
-    for batch in model.batches:
-        real = model.index(batch) >= 0
-        rules = {key: model.rules(batch, relation) for key, relation in relations.items()}
-        for asked, right in _right(model, batch).items():
-            count = right.any(-1).sum(-1)[real]
-            for rule, guess in rules[asked[0]].items():
-                hit = (right & guess).any(-1).sum(-1)[real]
-                found.setdefault(asked, {}).setdefault(rule, []).append(Tally(hit, count, 0 * count))
+    relations = {relation.key: relation for relation in subject.relations}
+    for batch in subject.batches:
+        rows = subject.rows(batch)
+        baselines = {key: subject.baselines(batch, relation) for key, relation in relations.items()}
+        for asked, gold in _gold(subject, batch).items():
+            count = gold.any(-1).sum(-1)[rows]
+            for name, guess in baselines[asked[0]].items():
+                hit = (gold & guess).any(-1).sum(-1)[rows]
+                found.setdefault(asked, {}).setdefault(name, []).append(Tally(hit, count, 0 * count))
     return {
-        asked: {rule: jax.tree.map(lambda *parts: np.concatenate(parts), *tallies) for rule, tallies in rules.items()}
-        for asked, rules in found.items()
+        asked: {name: jax.tree.map(lambda *parts: np.concatenate(parts), *tallies) for name, tallies in named.items()}
+        for asked, named in found.items()
     }
 
 
-def _right(model: Examined, batch: Any) -> dict[Asked, np.ndarray]:
+def _gold(subject: Subject, batch: Any) -> dict[Asked, np.ndarray]:
     """The right keys [B, T, S] of every relation, and of its parts."""
     found = {}
-    right = model.right(batch)
-    for relation in model.relations:
-        found[relation.key, ""] = right[relation.key]
+    gold = subject.gold(batch)
+    for relation in subject.relations:
+        found[relation.key, ""] = gold[relation.key]
         for part, bounds in relation.parts.items():
-            found[relation.key, part] = gold.within(right[relation.key], *bounds)
+            found[relation.key, part] = within(gold[relation.key], *bounds)
     return found
+
+
+def within(gold: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Those of the right keys [B, T, S] that are between `low` and `high` tokens away.
+
+    >>> within(np.ones((1, 1, 4), bool), 1, 2).tolist()
+    [[[False, True, True, False]]]
+    """
+    t, s = gold.shape[1:]
+    distance = np.abs(np.arange(t)[:, None] - np.arange(s))
+    return gold & (distance >= low) & (distance <= high)
 
 
 def _kind(asked: Asked) -> str:
     return asked[0].split(":")[0]
 
 
-def _hits(seen: Any, visible: dict[str, Array], right: dict[Asked, Array]) -> dict[Asked, Tally]:
-    """How often the strongest key is a right one, [L, B, N] for each relation; those of a kind together."""
+def _hits(captured: Any, visible: dict[str, Array], gold: dict[Asked, Array]) -> dict[Asked, Tally]:
+    """How often the key with most weight is a right one, [L, B, N] for each relation; those of a kind together."""
     found = {}
-    for kind, arrays in seen.items():
-        asked = [one for one in right if _kind(one) == kind]
+    for kind, arrays in captured.items():
+        asked = [one for one in gold if _kind(one) == kind]
         if asked:
             weights, keys = arrays["weights"], visible[kind][:, None]
             ask = lambda links, w=weights, keys=keys: _whole(roles.strongest(w, links[:, None], keys), w.shape[:3])  # noqa: E731
-            tallies = jax.vmap(ask)(jnp.stack([right[one] for one in asked]))
+            tallies = jax.vmap(ask)(jnp.stack([gold[one] for one in asked]))
             found |= {one: jax.tree.map(lambda a, n=n: a[n], tallies) for n, one in enumerate(asked)}
     return found
 
 
-def _spread(weights: Array, visible: Array) -> dict[str, Tally]:
+def _far_and_wide(weights: Array, visible: Array) -> dict[str, Tally]:
     """How far and how widely heads look, [L, B, N] each."""
     visible = visible[None, :, None]
     found = {"distance": patterns.distance(weights, visible), "entropy": patterns.spread(weights, visible)}
     return {name: _whole(tally, weights.shape[:3]) for name, tally in found.items()}
 
 
-def _measures(weights: Array, visible: Array, tokens: tuple[Array, Array], *, own: bool) -> dict[str, Tally]:
-    """What needs no gold, [L, B, N] each; `own` is the attention of a text to itself."""
+def _measures(weights: Array, visible: Array, tokens: tuple[Array, Array], *, is_self: bool) -> dict[str, Tally]:
+    """What needs no gold, [L, B, N] each."""
     keys = visible[None, :, None]
     found = {name: of(weights, keys) for name, of in MEASURES.items()}
-    if own:
+    if is_self:
         ids = tokens[0][:, None]  # [B, 1, T]
         found |= {name: of(weights, keys, ids) for name, of in MEASURES_OF_TEXT.items()}
     found = {name: _whole(tally, weights.shape[:3]) for name, tally in found.items()}
-    return {**_spread(weights, visible), **found}
+    return {**_far_and_wide(weights, visible), **found}
 
 
 READINGS = {"where a word is written": alignment.at_output, "where a word is read": alignment.at_input}
@@ -181,7 +200,7 @@ BASELINES = ("diagonal", "another sentence")
 
 
 def _agreement(weights: Array, visible: Array, sure: Array) -> dict[tuple[str, str], Tally]:
-    """1 - alignment error rate of the strongest keys, [L, B, N], for each reading and baseline."""
+    """1 - alignment error rate of the keys with most weight, [L, B, N], for each reading and baseline."""
     both = _without_last(jnp.swapaxes(_without_last(jnp.swapaxes(visible, -1, -2)), -1, -2))  # words, not the end
     both, sure = both[:, None, :-1], (sure & both)[:, None, :-1]
     found = {}
@@ -202,13 +221,12 @@ def _without_last(visible: Array) -> Array:
     return visible & jnp.pad(rows[:, 1:], ((0, 0), (0, 1)))[..., None]
 
 
-def _differences(weights: Array, heads: Array, visible: Array) -> dict[str, Tally]:
+def _differences(weights: Array, visible: Array, heads: Array | None = None) -> dict[str, Tally]:
     """How the heads of a layer differ, [L, B] each."""
-    real = jnp.any(visible[:, :, 0], axis=-1)  # [1, B, T]
-    pairs = {
-        "where they look (bits)": diversity.jensen_shannon(weights, visible),
-        "likeness of outputs (cosine)": diversity.cosines(heads, real),
-    }
+    valid = jnp.any(visible[:, :, 0], axis=-1)  # [1, B, T]
+    pairs = {"where they look (bits)": diversity.jensen_shannon(weights, visible)}
+    if heads is not None:
+        pairs["likeness of outputs (cosine)"] = diversity.cosines(heads, valid)
     return {name: _whole(diversity.between(tally), weights.shape[:2]) for name, tally in pairs.items()}
 
 

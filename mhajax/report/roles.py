@@ -1,13 +1,14 @@
-"""One word for each head: what it does more than any rule would, if there is such a thing."""
+"""One word for each head: what it does more than any baseline would, if there is such a thing."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from experiments.heads.examined import Examined
-from experiments.heads.findings import Findings
+from mhajax.report.results import Results, WhereHeadsLook
+from mhajax.report.subject import Kind, Subject
 from mhajax.statistics import Measure
 
 _ENOUGH = 0.25  # of the way from the baseline to 1, for the lower end of the interval
@@ -33,30 +34,47 @@ class Role(NamedTuple):
     note: str
 
 
-def roles(model: Examined, found: Findings, seed: int) -> dict[tuple[str, int, int], Role]:
-    """The role of every head (kind, layer, head) of one seed.
+Roles = dict[tuple[str, int, int], Role]  # kind, layer, head
+
+
+def roles(subject: Subject, results: Results, seed: int) -> Roles:
+    """The role of every head of one seed.
 
     A head has the role on which the lower end of its interval is furthest above the baseline, as a share of what there
-    is above it, if that is a quarter or more. The baseline of a relation is the best rule, that of other roles uniform
-    attention.
+    is above it, if that is a quarter or more. The baseline of a relation is the best of the subject's baselines, that
+    of other roles uniform attention.
     """
-    candidates: dict[str, list[tuple[str, str, Measure]]] = {kind.name: [] for kind in model.kinds}
-    for kind, measures in found.heads.items():
-        for name, word in _WORDS.items():
-            if name in measures:
-                candidates[kind].append((word, name, measures[name]))
-    rules = {(answer.kind, answer.name): answer for answer in found.relations if not answer.part}
-    for relation in model.relations:
-        answer = rules.get((relation.kind, relation.name))
+    candidates = _candidates(subject, results.heads)
+    followed = {(answer.kind, answer.name): answer for answer in results.relations if not answer.part}
+    for relation in subject.relations:
+        answer = followed.get((relation.kind, relation.name))
         if answer is not None:
-            of_heads = found.relations_of_heads[relation.key, ""]
-            rule = np.broadcast_to(answer.found.best.baseline, of_heads.value.shape)
-            candidates[relation.kind].append((relation.role, relation.name, of_heads._replace(baseline=rule)))
+            of_heads = results.relations_of_heads[relation.key, ""]
+            baseline = np.broadcast_to(answer.found.best.baseline, of_heads.value.shape)
+            candidates[relation.kind].append((relation.role, relation.name, of_heads._replace(baseline=baseline)))
+    return _chosen(subject.kinds, candidates, seed)
+
+
+def roles_of_patterns(subject: Subject, looks: WhereHeadsLook, seed: int = 0) -> Roles:
+    """The same from the weights alone: `roles` without relations."""
+    return _chosen(subject.kinds, _candidates(subject, looks.heads), seed)
+
+
+Candidates = dict[str, list[tuple[str, str, Measure]]]
+
+
+def _candidates(subject: Subject, heads: Mapping[str, Mapping[str, Measure]]) -> Candidates:
+    return {
+        kind.name: [(word, name, heads[kind.name][name]) for name, word in _WORDS.items() if name in heads[kind.name]]
+        for kind in subject.kinds
+    }
+
+
+def _chosen(kinds: Sequence[Kind], candidates: Candidates, seed: int) -> Roles:
     return {
         (kind.name, layer, head): _best(candidates[kind.name], (seed, layer, head))
-        for kind in model.kinds
-        for layer in range(kind.layers)
-        for head in range(kind.heads)
+        for kind in kinds
+        for layer, head in np.ndindex(kind.layers, kind.heads)
     }
 
 
