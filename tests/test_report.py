@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from mhajax import language_model, report
+from mhajax.report import text
+from mhajax.report.subject import Relation
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 L, B, N, T = 2, 11, 3, 7
@@ -104,7 +106,7 @@ def test_the_page_is_whole_and_says_nothing_of_losses(found, watched, tmp_path):
     assert "Where the heads of &lt;mine&gt; look" in html and "<mine>" not in html and "http://" not in html
     for heading in ("Near and far", "Where heads look", "Do heads differ", "See every head", "How this was measured"):
         assert heading in html
-    assert "nats" not in html and "seed" not in html.split("How this was measured")[0]
+    assert "nats per" not in html and "first seed" not in html.lower() and "untrained" not in html
     assert [(p.what, p.total, p.unit, p.done) for p in watched.pieces] == [("where heads look", B, "examples", B)]
     assert list(found.drawings) == ["near_and_far_attention"]
 
@@ -179,6 +181,21 @@ def test_texts_and_models_that_cannot_be_reported_are_refused(name):
     call, message = WRONG_TEXTS[name]
     with pytest.raises(ValueError, match=f"^report.*{message}"):
         call()
+
+
+def test_relations_must_be_of_attentions_that_are_there():
+    whole = SimpleNamespace(num_layers=1, num_heads=2)
+    read = text.Text(TEXT, LENGTH, 4, "token", lambda ids: [str(one) for one in ids], str, "windows")
+    subject = text.make_subject(language_model, whole, read)
+    nouns = Relation("pronoun → its noun", "encoder", "noun")
+    for changes, message in (
+        ({"relations": (nouns,)}, "must be of one of the subject's kinds of attention, self, got 'encoder'"),
+        ({"aligned": "self: a → b"}, "must be the key of one of its relations, none, got 'self: a → b'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.examine(subject._replace(**changes), [None], [None])
+    with pytest.raises(ValueError, match="as many models as trained, at least one, got 2 and 1"):
+        report.examine(subject, [None], [None, None])
 
 
 @pytest.fixture(scope="module")

@@ -74,9 +74,11 @@ def examine(
       progress: told how far it is: (what, total, unit) → a context manager of something with `advance(count)`.
 
     Raises:
-      ValueError: there is nothing to show, or not one untrained model for each trained one.
+      ValueError: there is nothing to show, not one untrained model for each trained one, or a relation of attentions
+        that the model does not have.
     """
     _check_shown("report.examine", shown)
+    _check_relations(subject)
     if not trained or len(trained) != len(untrained):
         raise ValueError(
             "report.examine: untrained must be as many models as trained, at least one, got "
@@ -238,6 +240,21 @@ def _page_of_weights(
 def _check_shown(who: str, shown: int) -> None:
     if isinstance(shown, bool) or not isinstance(shown, int | np.integer) or shown < 1:
         raise ValueError(f"{who}: shown must be a whole number of at least 1, got {shown!r}.")
+
+
+def _check_relations(subject: Subject) -> None:
+    kinds, keys = [kind.name for kind in subject.kinds], [relation.key for relation in subject.relations]
+    for relation in subject.relations:
+        if relation.kind not in kinds:
+            raise ValueError(
+                f"report.examine: the relation {relation.name!r} must be of one of the subject's kinds of attention, "
+                f"{', '.join(kinds)}, got {relation.kind!r}."
+            )
+    if subject.aligned is not None and subject.aligned not in keys:
+        raise ValueError(
+            f"report.examine: subject.aligned must be the key of one of its relations, {', '.join(keys) or 'none'}, "
+            f"got {subject.aligned!r}."
+        )
 
 
 def _untrained(who: str, model: ModuleType, config: Any, untrained: Any, count: int) -> list[Any]:

@@ -112,7 +112,7 @@ class Subject(NamedTuple):
       aligned: the key of the relation that says which word of the memory a written word translates; None if there is
         none.
       baselines: (batch, relation) → {name: bool [B, T, S]}: what can be guessed without attention, such as the key at
-        a fixed offset.
+        a fixed offset; at least one for every relation, and the same names for every batch.
       view_note: what a reader should know of the rows and columns of the view.
     """
 

@@ -13,8 +13,7 @@ from experiments.studies.syntax.counts import DIRECTIONS
 from experiments.studies.syntax.findings import FLIPS, POSITIONAL, SUBJECT, Found, Order, chosen_heads
 from mhajax import figures
 from mhajax.figures import Drawing
-from mhajax.report.page import Column, Page, element
-from mhajax.report.page.report import Section
+from mhajax.report.page import Column, Page, Section, element
 from mhajax.statistics import Measure
 
 if TYPE_CHECKING:
