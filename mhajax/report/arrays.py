@@ -12,7 +12,8 @@ from mhajax.report.subject import FILLER, Kind, Pieces, Sentence, Subject
 
 KIND = "attention"
 TOGETHER = 2**23  # weights [L, B, N, T, S] that are computed at once
-SLACK = {2: 0.02}  # how far from 1 a row may sum, by bytes of a number; others 1e-3
+SLACK, ROUNDED = 1e-3, 0.02  # how far from 1 a row may sum: of 32 bits and more, and of 16
+TITLE = 12  # tokens of an example in its title
 _WHO = "report.weights"
 
 
@@ -67,7 +68,9 @@ def make_subject(
             own = [str(one) for one in named] if pieces is None else list(pieces(named))
             letters = Pieces(own[: width[0]], own[: width[1]])
         number = int(batch.index[row])
-        title = f"example {number}" if ids is None else f"{number}: {' '.join(letters.queries)}"
+        title = f"example {number}"
+        if ids is not None:
+            title += f": {' '.join(letters.queries[:TITLE])}{' …' if width[0] > TITLE else ''}"
         return Sentence({KIND: letters}, letters, title)
 
     return Subject(
@@ -84,8 +87,8 @@ def _checked(weights: ArrayLike) -> np.ndarray:
     array = np.asarray(weights)
     if array.ndim != 5 or 0 in array.shape:
         raise ValueError(
-            f"{_WHO}: weights must be [L, B, N, T, S] with no empty axis, got {array.shape}; stack the layers in front "
-            "(np.stack(attentions)), and give one example as weights[:, None]."
+            f"{_WHO}: weights must be [L, B, N, T, S] with no empty axis, got {array.shape}; np.stack of the arrays of all "
+            "layers puts the layers in front."
         )
     if array.shape[1] < 2:
         raise ValueError(
@@ -106,7 +109,7 @@ def _checked(weights: ArrayLike) -> np.ndarray:
 def _normalised(weights: np.ndarray) -> np.ndarray:
     """Weights of 16 bits, whose rows sum to nearly 1, with rows that do; others are left to `_visible`."""
     sums = weights.sum(-1, keepdims=True)
-    return np.where(np.abs(sums - 1) <= SLACK[2], weights / np.where(sums > 0, sums, 1), weights)
+    return np.where(np.abs(sums - 1) <= ROUNDED, weights / np.where(sums > 0, sums, 1), weights)
 
 
 def _visible(visible: ArrayLike | None, weights: np.ndarray) -> np.ndarray:
@@ -125,7 +128,7 @@ def _visible(visible: ArrayLike | None, weights: np.ndarray) -> np.ndarray:
         raise ValueError(f"{_WHO}: some query must have a visible key, got none; True in visible means may attend.")
     sums = np.where(allowed[:, None], weights, 0).sum(-1)  # [L, B, N, T]
     asked = allowed.any(-1)[:, None]  # [B, 1, T]
-    wrong = asked & (np.abs(sums - 1) > 1e-3) & (sums > 1e-6)
+    wrong = asked & (np.abs(sums - 1) > SLACK) & (sums > 1e-6)
     if wrong.any():
         place = tuple(int(n) for n in np.argwhere(wrong)[0])
         raise ValueError(
