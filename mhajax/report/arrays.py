@@ -87,8 +87,8 @@ def _checked(weights: ArrayLike) -> np.ndarray:
     array = np.asarray(weights)
     if array.ndim != 5 or 0 in array.shape:
         raise ValueError(
-            f"{_WHO}: weights must be [L, B, N, T, S] with no empty axis, got {array.shape}; np.stack of the arrays of all "
-            "layers puts the layers in front."
+            f"{_WHO}: weights must be [L, B, N, T, S] with no empty axis, got {array.shape}; np.stack of the "
+            "arrays of all layers puts the layers in front."
         )
     if array.shape[1] < 2:
         raise ValueError(
