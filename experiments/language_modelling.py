@@ -21,10 +21,11 @@ from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import Vocabulary
 from experiments.errors import ConfigError
 from experiments.folder import VOCABULARY
-from experiments.heads import of_text
-from experiments.heads.examined import Examined
+from experiments.heads import held_out
 from experiments.task import Task, build_model, initialiser, mean_and_spread, seeds_of
 from mhajax import cache, decoding, language_model, linen, losses, training
+from mhajax.report import text as texts
+from mhajax.report.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def prepare(config: Config, folder: Path) -> Task:
     _check_room(model.config, config.sampling)
     train, validation = (np.asarray(words.encode(part), np.int32) for part in (corpus.train, corpus.validation))
     if config.heads.report:
-        of_text.check_room(len(validation), config.batches.length)
+        held_out.check_room(len(validation), config.batches.length)
     stream = batches.TextBatches(
         train, batch_size=config.batches.size, length=config.batches.length, seed=config.training.seed
     )
@@ -145,7 +146,7 @@ def prepare(config: Config, folder: Path) -> Task:
         batches=lambda seen: stream.iterate(stream.position(seen)),
         tokens=lambda batch: batch.shape[0] * (batch.shape[1] - 1),
         evaluate=evaluate,
-        examine=partial(_examined, config, corpus, words),
+        examine=partial(_subject, config, corpus, words),
         functional=partial(linen.functional, model),
         report=report,
         epoch=None,
@@ -192,10 +193,10 @@ def _check_room(config: language_model.Config, sampling: Sampling) -> None:
     host.check_room("[sampling] keys and values of all tokens", layer, config.num_layers, "sampling.tokens")
 
 
-def _examined(config: Config, corpus: corpora.TextCorpus, words: Vocabulary, windows: int) -> Examined:
+def _subject(config: Config, corpus: corpora.TextCorpus, words: Vocabulary, windows: int) -> Subject:
     """The model and the first windows of its validation text, for the report about its heads."""
-    text = of_text.held_out(corpus.validation, words, config.batches, windows)
-    return of_text.of_text(language_model, replace(config.model, vocab_size=words.size), text)
+    text = held_out.windows(corpus.validation, words, config.batches, windows)
+    return texts.make_subject(language_model, replace(config.model, vocab_size=words.size), text)
 
 
 def _table(params: Any) -> jax.Array:

@@ -27,10 +27,11 @@ from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from experiments.errors import ConfigError, DataError
 from experiments.folder import VOCABULARY
-from experiments.heads import of_text
-from experiments.heads.examined import Examined
+from experiments.heads import held_out
 from experiments.task import Task, build_model, initialiser, mean_and_spread, seeds_of
 from mhajax import encoder, linen, losses, training
+from mhajax.report import text as texts
+from mhajax.report.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def prepare(config: Config, folder: Path) -> Task:
     model = build_model(config, words)
     train, validation = (np.asarray(words.encode(part), np.int32) for part in (corpus.train, corpus.validation))
     if config.heads.report:
-        of_text.check_room(len(validation), config.batches.length)
+        held_out.check_room(len(validation), config.batches.length)
     stream = batches.TextBatches(
         train, batch_size=config.batches.size, length=config.batches.length, seed=config.training.seed
     )
@@ -148,7 +149,7 @@ def prepare(config: Config, folder: Path) -> Task:
         batches=lambda seen: stream.iterate(stream.position(seen)),
         tokens=lambda batch: batch.shape[0] * (batch.shape[1] - 1),
         evaluate=evaluate,
-        examine=partial(_examined, config, corpus, words),
+        examine=partial(_subject, config, corpus, words),
         functional=partial(linen.functional, model),
         report=report,
         epoch=None,
@@ -194,7 +195,7 @@ def guesses(model: linen.Model, words: Vocabulary, params: Any, tokens: np.ndarr
     """
     assert words.mask is not None
     tokens = tokens[: model.config.max_positions]
-    hidden = of_text.hidden_places(0, len(tokens))
+    hidden = texts.hidden_positions(0, len(tokens))
     logits = model.apply({"params": params}, jnp.where(hidden, words.mask, tokens)[None])
     guess = np.asarray(jnp.argmax(logits, -1))[0]  # pyright: ignore[reportArgumentType, reportCallIssue]
     pieces, others = words.pieces(tokens), words.pieces(guess)
@@ -205,10 +206,10 @@ def guesses(model: linen.Model, words: Vocabulary, params: Any, tokens: np.ndarr
     return (" " if words.kind == "words" else "").join(shown).replace(vocabulary.WORD_START, " ").replace("\\n", "\n")
 
 
-def _examined(config: Config, corpus: corpora.TextCorpus, words: Vocabulary, windows: int) -> Examined:
+def _subject(config: Config, corpus: corpora.TextCorpus, words: Vocabulary, windows: int) -> Subject:
     """The model and the first windows of its validation text, for the report about its heads."""
-    text = of_text.held_out(corpus.validation, words, config.batches, windows)
-    return of_text.of_text(encoder, replace(config.model, vocab_size=words.size), text, hidden=words.mask)
+    text = held_out.windows(corpus.validation, words, config.batches, windows)
+    return texts.make_subject(encoder, replace(config.model, vocab_size=words.size), text, hidden=words.mask)
 
 
 def _token_sums(
@@ -260,7 +261,7 @@ def _judge(config: Config, model: linen.Model, mask: int, text: np.ndarray):
         parts, count = [], -(-(len(text) - 1) // (size * length))
         windows = batches.windows(text, batch_size=size, length=length)
         for number, batch in enumerate(work.each(windows, "validation loss", count, "batches")):
-            told = np.stack([of_text.hidden_places(number * size + row, length) for row in range(size)])
+            told = np.stack([texts.hidden_positions(number * size + row, length) for row in range(size)])
             parts.append(jax.device_get(sums(params, batch.tokens[:, :-1], batch.lengths, told)))
         return jax.tree.map(lambda *some: np.sum(some, dtype=np.float64), *parts)
 

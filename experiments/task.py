@@ -13,9 +13,9 @@ from jax import Array
 from rich.console import Console
 
 from experiments.data.vocabulary import Vocabulary
-from experiments.heads.examined import Examined
 from experiments.tables import Training
 from mhajax import linen
+from mhajax.report.subject import Subject
 
 
 class Task(NamedTuple):
@@ -27,7 +27,7 @@ class Task(NamedTuple):
       batches: number of batches seen → the batches that follow.
       tokens: a batch → how many tokens it predicts (padding not counted).
       evaluate: parameters [seeds, ...] → {name: number per seed}; "score" chooses the best, higher is better.
-      examine: number of sentences → what the measures of heads take; see `experiments.heads`.
+      examine: number of sentences → what the measures of heads take; see `mhajax.report`.
       functional: parameters of the Flax module (one seed) → those of the functions.
       report: (parameters [seeds, ...], folder) → the result; prints what a person wants to see, writes figures.
       epoch: batches per epoch; None where there are none.
@@ -42,7 +42,7 @@ class Task(NamedTuple):
     batches: Callable[[int], Iterable[Any]]
     tokens: Callable[[Any], int]
     evaluate: Callable[[Any], dict[str, list[float]]]
-    examine: Callable[[int], Examined]
+    examine: Callable[[int], Subject]
     functional: Callable[[Any], Any]
     report: Callable[[Any, Path, Console], dict[str, Any]]
     epoch: int | None

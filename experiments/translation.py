@@ -18,14 +18,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import quick, tables, work
+from experiments import heads, quick, tables, work
 from experiments.data import batches, corpora, vocabulary
 from experiments.data.vocabulary import Vocabulary
 from experiments.folder import VOCABULARY
-from experiments.heads import examined, findings, numbers, of_pairs, report, table
+from experiments.heads import of_pairs, table
 from experiments.task import Task, build_model, initialiser, mean_and_spread, seeds_of
 from experiments.translating import Decoding, Translator, rows_of
 from mhajax import linen, losses, training, translator
+from mhajax.report import numbers, render, results
+from mhajax.report.subject import Subject
 
 _HEADS_MEASURED_ON = 200  # sentences
 
@@ -139,7 +141,7 @@ def prepare(config: Config, folder: Path) -> Task:
         batches=lambda seen: training_batches.iterate(training_batches.position(seen)),
         tokens=lambda batch: int(batch.target_lengths.sum()),
         evaluate=evaluate,
-        examine=partial(_examined, config, corpus, words),
+        examine=partial(_subject, config, corpus, words),
         functional=partial(linen.functional, model),
         report=partial(_report, config, corpus, words, model, translate),
         epoch=training_batches.batches_per_epoch,
@@ -184,12 +186,12 @@ def _check_pairs(who: str, outputs: Sequence[str], references: Sequence[str]) ->
         )
 
 
-def _examined(config: Config, corpus: corpora.ParallelCorpus, words: Vocabulary, sentences: int) -> examined.Examined:
+def _subject(config: Config, corpus: corpora.ParallelCorpus, words: Vocabulary, sentences: int) -> Subject:
     """The model and the first sentences of its first test, for the report about its heads."""
     test, pairs = next(iter(corpus.tests.items()))
     shape = replace(config.model, vocab_size=words.size)
     rows = config.decoding.batch // 2 or 1
-    return of_pairs.of_translator(shape, pairs[:sentences], words, rows, corpus.gold.get(test))
+    return of_pairs.make_subject(shape, pairs[:sentences], words, rows, corpus.gold.get(test))
 
 
 def _vocabulary(config: Config, corpus: corpora.ParallelCorpus, folder: Path) -> Vocabulary:
@@ -267,8 +269,8 @@ def _report(config, corpus, words, model, translate, params, folder: Path, conso
         "bleu_signature": signatures["bleu"], "chrf_signature": signatures["chrf"], "tests": tests,
     }  # fmt: skip
     if not config.quick:
-        shown = _examined(config, corpus, words, _HEADS_MEASURED_ON)
-        result["heads"] = _show_heads(shown, linen.functional(model, seeds[0]), folder, console)
+        subject = _subject(config, corpus, words, _HEADS_MEASURED_ON)
+        result["heads"] = _show_heads(subject, linen.functional(model, seeds[0]), folder, console)
     return result
 
 
@@ -304,20 +306,20 @@ def _show_sample(console: Console, pairs: corpora.Sentences, outputs: list[str],
         console.print(f"  [dim]reference [/dim] {mark}\n", highlight=False, soft_wrap=True)
 
 
-def _show_heads(model: examined.Examined, params: Any, folder: Path, console: Console) -> list[dict[str, Any]]:
+def _show_heads(subject: Subject, params: Any, folder: Path, console: Console) -> list[dict[str, Any]]:
     """The table of the heads and the picture of cross-attention, for one seed."""
     from mhajax import figures
 
-    found = findings.of_one(model, params)
-    table.show(console, model.kinds, found, model.unit)
+    found = results.examine_briefly(subject, params, heads.progress)
+    table.show(console, subject.kinds, found, subject.unit)
 
-    batch, row = report.worth_showing(model)
-    words = model.sentence(batch, row).written
-    weights = np.asarray(jax.jit(model.capture, static_argnums=2)(params, batch, ("weights",))["cross"]["weights"])
+    batch, row = render.choose_sentence(subject)
+    words = subject.sentence(batch, row).written
+    weights = np.asarray(jax.jit(subject.capture, static_argnums=2)(params, batch, ("weights",))["cross"]["weights"])
     drawing = figures.attention_patterns(
         weights[:, row, :, : len(words.queries), : len(words.keys)],
         words.queries, words.keys,
         title="Cross-attention of every head: the word being written (rows) reads the source (columns)",
     )  # fmt: skip
     figures.save(drawing, folder / "figures" / "cross_attention")
-    return numbers.of_one(model, found)
+    return numbers.brief_as_json(subject, found)

@@ -34,6 +34,7 @@ A map of the package:
     statistics      intervals, paired tests, many hypotheses at once
     figures         pictures from arrays, for paper (needs matplotlib)
     view            heads to point at, in a notebook or a page
+    report          what the heads of a model do, or of plain arrays: one page, and its numbers
 
 `import mhajax` is light: what needs Flax, Optax or matplotlib is imported when it is first named, `mhajax.linen`.
 
@@ -82,6 +83,7 @@ if TYPE_CHECKING:  # the others are imported when they are named, below
         linen,
         nnx,
         pretrained,
+        report,
         statistics,
         training,
         variants,
@@ -121,6 +123,7 @@ __all__ = [
     "norm",
     "positions",
     "pretrained",
+    "report",
     "scores",
     "statistics",
     "training",

@@ -37,6 +37,7 @@ LAYERS = [
     {"transformer"},
     {"language_model", "translator", "encoder"},
     {"heads", "pretrained", "decoding", "training", "sharding", "figures", "view"},
+    {"report"},
     {"linen", "nnx"},
     {"__init__"},
 ]

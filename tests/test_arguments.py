@@ -327,13 +327,17 @@ def test_public_modules_are_there_and_nothing_else_is_shown(package):
         package.haeds  # noqa: B018
 
 
-def test_types_are_in_the_wheel():
+def test_types_and_styles_are_in_the_wheel():
     import tomllib
 
     root = Path(__file__).parent.parent
     assert (root / "mhajax" / "py.typed").exists()
     data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert "py.typed" in data["mhajax"]
+    for package, patterns in data.items():
+        folder = root.joinpath(*package.split("."))
+        assert all(list(folder.glob(pattern)) for pattern in patterns)
+        assert [file for file in folder.iterdir() if file.suffix == ".css" and file.name not in patterns] == []
 
 
 # Indices -----------------------------------------------------------------------------------------------------------

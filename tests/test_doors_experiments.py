@@ -15,18 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rich.console import Console
 
 import experiments
 from experiments import keys, kinds, tables
 from experiments.__main__ import main
 from experiments.data import batches, corpora, vocabulary
-from experiments.heads import findings, measure, numbers, of_text, report
-from experiments.page import Page
+from experiments.heads import held_out
 from experiments.studies import Answer, Verdict
 from experiments.task import Task, build_model, initialiser, seeds_of
 from mhajax import language_model, linen, training
 from mhajax.figures import head_table
+from mhajax.report import numbers, patterns, render, results
+from mhajax.report import text as texts
+from mhajax.report.page import Page
 from mhajax.statistics import Tally
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -66,8 +67,8 @@ def prepare(config, folder):
     return Task(
         init_params=initialiser(model), loss=loss, batches=lambda seen: stream.iterate(stream.position(seen)),
         tokens=lambda batch: 32, evaluate=evaluate, functional=partial(linen.functional, model),
-        examine=lambda count: of_text.of_text(
-            language_model, model.config, of_text.held_out(text.validation[::-1], words, config.batches, count)
+        examine=lambda count: texts.make_subject(
+            language_model, model.config, held_out.windows(text.validation[::-1], words, config.batches, count)
         ),
         report=lambda params, folder, console: {"validation_loss": evaluate(params)["validation_loss"][0]},
         epoch=None, hashes=text.hashes, unit=words.unit, notes=(), examples=stream.examples,
@@ -187,15 +188,16 @@ def on_rarest(weights, keys, ids):
 
 @pytest.mark.slow
 def test_a_measure_of_ones_own_is_in_the_report_and_in_the_numbers(monkeypatch):
-    monkeypatch.setitem(measure.MEASURES_OF_TEXT, "the rarest character", on_rarest)
+    monkeypatch.setitem(patterns.MEASURES_OF_TEXT, "the rarest character", on_rarest)
     text = "the cat sat on the mat and the dog sat on the log. " * 6
     words = vocabulary.train([text], vocabulary.Config(kind="characters"))
     shape = language_model.Config(d_model=8, num_heads=2, d_ff=8, num_layers=1, vocab_size=words.size)
-    model = of_text.of_text(language_model, shape, of_text.held_out(text, words, tables.Windows(size=4, length=12), 8))
+    windows = held_out.windows(text, words, tables.Windows(size=4, length=12), 8)
+    subject = texts.make_subject(language_model, shape, windows)
     params = [language_model.init_params(jax.random.key(0), shape)]
-    found = findings.examine(model, params, params, Console(quiet=True))
-    heads = numbers.as_json(model, found, 1)["heads"]
+    found = results.examine(subject, params, params)
+    heads = numbers.as_json(subject, found, 1)["heads"]
     measured = [head["measures"]["the rarest character"] for head in heads]
     assert all(0 < one["value"] < 1 and one["low"] <= one["value"] <= one["high"] for one in measured)
-    page, _ = report.make(model, found, params, "text", 2)
+    page, _ = render.render(subject, found, params, "text", 2)
     assert "attention: the rarest character" in page.html()

@@ -16,10 +16,10 @@ from experiments.__main__ import main
 from experiments.data import batches, vocabulary
 from experiments.data.vocabulary import SPECIAL_TOKENS, UNK
 from experiments.errors import ConfigError
-from experiments.heads import of_text
 from experiments.masked_modelling import Masking
 from experiments.task import build_model, initialiser
 from mhajax import encoder, linen
+from mhajax.report import text as texts
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 TEXT = "the cat sat on the mat and the dog sat on the log . " * 30
@@ -174,6 +174,6 @@ def test_as_many_tokens_are_counted_as_are_hidden():
 
 
 def test_the_same_tokens_are_hidden_in_every_evaluation():
-    assert (of_text.hidden_places(3, 400) == of_text.hidden_places(3, 400)).all()
-    assert 0.05 < of_text.hidden_places(3, 400).mean() < 0.3
-    assert (of_text.hidden_places(3, 400) != of_text.hidden_places(4, 400)).any()
+    assert (texts.hidden_positions(3, 400) == texts.hidden_positions(3, 400)).all()
+    assert 0.05 < texts.hidden_positions(3, 400).mean() < 0.3
+    assert (texts.hidden_positions(3, 400) != texts.hidden_positions(4, 400)).any()

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from experiments import page
 from mhajax import figures, view
+from mhajax.report import page
 from mhajax.statistics import Measure
 from tests import browser as browsers
 

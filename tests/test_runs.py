@@ -404,7 +404,7 @@ def test_a_vocabulary_that_fails_only_at_encode_is_refused_when_it_is_read(tmp_p
 
 
 def test_half_a_character_in_a_page_is_written_as_a_replacement(tmp_path):
-    from experiments.page import Page
+    from mhajax.report.page import Page
 
     page = Page("half \ud83d of a pair")
     page.section("words").text("more \udc00")

@@ -16,11 +16,11 @@ from experiments import kinds
 from experiments.data import dependencies, pretrained_files
 from experiments.data.dependencies import Arc
 from experiments.errors import ConfigError, DataError
-from experiments.page import Page
 from experiments.studies import STUDIES, models, syntax
 from experiments.studies.syntax import counts, findings, report, words
 from experiments.studies.syntax.counts import Question
 from experiments.studies.syntax.words import Answers, Pieces
+from mhajax.report.page import Page
 
 LAYERS, HEADS = 2, 3
 TREES = """\

@@ -1,36 +1,24 @@
-"""What the heads of a trained run do, measured: `python -m experiments heads RUN`.
+"""What the heads of a trained run do, measured: `python -m experiments heads RUN`. The measures are `mhajax.report`.
 
-examined.py   what the measures need of a model, and its held-out sentences
-of_pairs.py   that of a translator
-of_text.py    that of a language model, or of an encoder
-pretrained.py the same of a model from a file or a folder, on any text
+held_out.py   the held-out text of a run
+of_pairs.py   a translator, and its held-out sentences
 gold.py       what the grammar knows: the keys that a head should look at
-measure.py    where every head looks, sentence by sentence
-costs.py      what is lost without each head, and without more and more of them
-findings.py   values with intervals and baselines, over sentences and seeds
-roles.py      one word for each head
-report.py     the page; numbers.py the same as JSON; table.py in a terminal
+pretrained.py the report of a model from a file or a folder, on any text
+table.py      every head of one model in a terminal
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 from rich.console import Console
 
-from experiments.heads import findings, numbers, report
-from experiments.page import Page
+from experiments import work
 from experiments.task import Task, seeds_of
-from mhajax.figures import Drawing
-
-
-class Report(NamedTuple):
-    """The answers about a run's heads, as a page, as pictures and as numbers."""
-
-    page: Page
-    drawings: dict[str, Drawing]
-    numbers: dict[str, Any]
+from mhajax import report
+from mhajax.report import Report
 
 
 def examine(task: Task, params: Any, seed: int, name: str, *, sentences: int, shown: int, console: Console) -> Report:
@@ -47,7 +35,11 @@ def examine(task: Task, params: Any, seed: int, name: str, *, sentences: int, sh
     """
     trained = [task.functional(one) for one in seeds_of(params)]
     untrained = [task.functional(task.init_params(jax.random.key(seed + i))) for i in range(len(trained))]
-    model = task.examine(sentences)
-    found = findings.examine(model, trained, untrained, console)
-    page, drawings = report.make(model, found, trained, name, shown)
-    return Report(page, drawings, numbers.as_json(model, found, len(trained)))
+    subject = task.examine(sentences)
+    with work.shown_on(console):
+        return report.examine(subject, trained, untrained, name=name, shown=shown, progress=progress)
+
+
+def progress(what: str, total: int, unit: str) -> AbstractContextManager[work.Piece]:
+    """The library's progress as a piece of work; what is counted in steps compiles nothing by itself."""
+    return work.piece(what, total, unit, note="" if unit == "steps" else work.COMPILING)

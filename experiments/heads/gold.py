@@ -8,36 +8,13 @@ words that were read, so target word s is key s + 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from experiments.data.grammar import Pair
+from mhajax.report.subject import Relation
 
 Links = Iterable[tuple[int, int]]  # (query, key)
-
-
-class Relation(NamedTuple):
-    """Something that a head may link.
-
-    Attributes:
-      name: as a reader sees it, query → key.
-      kind: "encoder", "decoder" or "cross".
-      role: a word for a head that does it.
-      links: pair → (query, key) indices.
-      parts: name of a part → lowest and highest distance |query - key| in it; for relations that may be far.
-    """
-
-    name: str
-    kind: str
-    role: str
-    links: Callable[[Pair], Links]
-    parts: dict[str, tuple[int, int]] = {}  # noqa: RUF012
-
-    @property
-    def key(self) -> str:
-        """A name that no other relation has."""
-        return f"{self.kind}: {self.name}"
 
 
 def _pointers(targets: Sequence[int]) -> list[tuple[int, int]]:
@@ -74,30 +51,36 @@ def _ambiguous(pair: Pair) -> list[int]:
 
 _FAR = {"1–3 words": (1, 3), "4–6 words": (4, 6), "7–10 words": (7, 10), "more than 10": (11, 10**6)}
 
-ALIGNED = Relation("word written → its source", "cross", "aligns", lambda p: [(t, s) for s, t in p.alignment])
-RELATIONS = (
-    Relation("verb → its subject", "encoder", "subject", lambda p: _pointers(p.source.subjects)),
-    Relation("pronoun → its noun", "encoder", "noun", lambda p: _pronouns(p.source), _FAR),
-    Relation("bank → the cue of its sense", "encoder", "cue", lambda p: _pointers(p.cues)),
-    Relation("verb read → its subject", "decoder", "subject", lambda p: [(v + 1, s + 1) for v, s in _verbs(p)]),
-    Relation("verb written → its subject", "decoder", "subject", lambda p: [(v, s + 1) for v, s in _verbs(p)]),
-    Relation("pronoun written → its noun", "decoder", "noun", lambda p: [(q, n + 1) for q, n in _pronouns(p.target)]),
-    ALIGNED,
-    Relation("word read → its source", "cross", "aligns read", lambda p: [(t + 1, s) for s, t in p.alignment]),
-    Relation(
-        "subject or verb written → its source", "cross", "aligns verb",
+ALIGNED = Relation("word written → its source", "cross", "aligns")
+_LINKS: tuple[tuple[Relation, Callable[[Pair], Links]], ...] = (
+    (Relation("verb → its subject", "encoder", "subject"), lambda p: _pointers(p.source.subjects)),
+    (Relation("pronoun → its noun", "encoder", "noun", _FAR), lambda p: _pronouns(p.source)),
+    (Relation("bank → the cue of its sense", "encoder", "cue"), lambda p: _pointers(p.cues)),
+    (Relation("verb read → its subject", "decoder", "subject"), lambda p: [(v + 1, s + 1) for v, s in _verbs(p)]),
+    (Relation("verb written → its subject", "decoder", "subject"), lambda p: [(v, s + 1) for v, s in _verbs(p)]),
+    (Relation("pronoun written → its noun", "decoder", "noun"), lambda p: [(q, n + 1) for q, n in _pronouns(p.target)]),
+    (ALIGNED, lambda p: [(t, s) for s, t in p.alignment]),
+    (Relation("word read → its source", "cross", "aligns read"), lambda p: [(t + 1, s) for s, t in p.alignment]),
+    (
+        Relation("subject or verb written → its source", "cross", "aligns verb"),
         lambda p: [(t, s) for s, t in p.alignment if t in _subjects_and_verbs(p)],
     ),
-    Relation(
-        "verb written → the source's subject", "cross", "subject",
+    (
+        Relation("verb written → the source's subject", "cross", "subject"),
         lambda p: _across(p, [v for v, _ in _verbs(p)], p.source.subjects),
     ),
-    Relation(
-        "pronoun written → the source's noun", "cross", "noun",
-        lambda p: _across(p, [q for q, _ in _pronouns(p.target)], p.source.antecedents), _FAR,
+    (
+        Relation("pronoun written → the source's noun", "cross", "noun", _FAR),
+        lambda p: _across(p, [q for q, _ in _pronouns(p.target)], p.source.antecedents),
     ),
-    Relation("bank written → the cue of its sense", "cross", "cue", lambda p: _across(p, _ambiguous(p), p.cues)),
-)  # fmt: skip
+    (
+        Relation("bank written → the cue of its sense", "cross", "cue"),
+        lambda p: _across(p, _ambiguous(p), p.cues),
+    ),
+)
+RELATIONS = tuple(relation for relation, _ in _LINKS)
+LINKS = {relation.key: links for relation, links in _LINKS}
+"""The key of a relation → (pair → (query, key) indices)."""
 
 
 def keys(relation: Relation, pairs: Sequence[Pair | None], visible: np.ndarray) -> np.ndarray:
@@ -111,7 +94,7 @@ def keys(relation: Relation, pairs: Sequence[Pair | None], visible: np.ndarray) 
     right = np.zeros(visible.shape, bool)
     for row, pair in enumerate(pairs):
         if pair is not None:
-            for query, key in relation.links(pair):
+            for query, key in LINKS[relation.key](pair):
                 right[row, query, key] = True
     return right & visible
 
@@ -119,8 +102,8 @@ def keys(relation: Relation, pairs: Sequence[Pair | None], visible: np.ndarray) 
 OFFSETS = range(-8, 9)
 
 
-def rules(relation: Relation, pairs: Sequence[Pair | None], visible: np.ndarray) -> dict[str, np.ndarray]:
-    """Keys that a rule without any knowledge of the words would choose: rule → bool [B, T, S].
+def baselines(relation: Relation, pairs: Sequence[Pair | None], visible: np.ndarray) -> dict[str, np.ndarray]:
+    """Keys that would be chosen without any attention, by position alone or nearly: name → bool [B, T, S].
 
     Every fixed offset from the query; for relations that may be far, the nearest noun before the query and the first
     noun of the text (of the source, for cross attention).
@@ -140,13 +123,6 @@ def rules(relation: Relation, pairs: Sequence[Pair | None], visible: np.ndarray)
     return found
 
 
-def within(right: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Those of the right keys [B, T, S] that are between `low` and `high` words away."""
-    t, s = right.shape[1:]
-    distance = np.abs(np.arange(t)[:, None] - np.arange(s))
-    return right & (distance >= low) & (distance <= high)
-
-
 CATEGORIES: dict[str, Callable[[Pair], Iterable[int]]] = {
     "verbs": lambda p: [v for v, _ in _verbs(p)],
     "pronouns": lambda p: [q for q, _ in _pronouns(p.target)],
@@ -155,7 +131,7 @@ CATEGORIES: dict[str, Callable[[Pair], Iterable[int]]] = {
 """Target words whose loss is looked at apart: name → (pair → indices of target words)."""
 
 
-def places(words: Callable[[Pair], Iterable[int]], pairs: Sequence[Pair | None], length: int) -> np.ndarray:
+def positions(words: Callable[[Pair], Iterable[int]], pairs: Sequence[Pair | None], length: int) -> np.ndarray:
     """Which target words of a batch belong to a category, bool [B, T]."""
     chosen = np.zeros((len(pairs), length), bool)
     for row, pair in enumerate(pairs):

@@ -1,4 +1,4 @@
-"""A translator as the examination of its heads needs it, and sentences with their translations."""
+"""A translator as the report about its heads needs it, and sentences with their translations."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from experiments.data import batches, corpora
 from experiments.data.grammar import Pair
 from experiments.data.vocabulary import Vocabulary
 from experiments.heads import gold
-from experiments.heads.examined import Examined, Kind, Sentence, Words, nats
 from mhajax import translator
 from mhajax.heads import ablation
+from mhajax.report.subject import Kind, Pieces, Sentence, Subject, nats
 
 
-def of_translator(
+def make_subject(
     shape: translator.Config,
     pairs: corpora.Sentences,
     words: Vocabulary,
     rows: int,
     known: Sequence[Pair] | None,
-) -> Examined:
+) -> Subject:
     """A translator, on sentences that it was not trained on.
 
     Args:
@@ -64,9 +64,9 @@ def of_translator(
         return {"encoder": (source, source), "decoder": (target, target), "cross": (target, source)}
 
     def predicted(batch) -> np.ndarray:
-        real = np.arange(batch.target.shape[1] - 1) < batch.target_lengths[:, None]
-        parts = [gold.places(gold.CATEGORIES[c], sentences_of(batch), real.shape[1]) for c in categories[1:]]
-        return np.stack([real, *parts], axis=-1)
+        valid = np.arange(batch.target.shape[1] - 1) < batch.target_lengths[:, None]
+        parts = [gold.positions(gold.CATEGORIES[c], sentences_of(batch), valid.shape[1]) for c in categories[1:]]
+        return np.stack([valid, *parts], axis=-1)
 
     def losses(params, batch, gates):
         features = translator.features(
@@ -91,21 +91,24 @@ def of_translator(
         after = [*written, "end"]
         across = [f"{a} → {b}" for a, b in zip(target, after, strict=True)]
         return Sentence(
-            {"encoder": Words(source, source), "decoder": Words(target, target), "cross": Words(across, source)},
-            Words(after, source), pairs[number][0],
+            {"encoder": Pieces(source, source), "decoder": Pieces(target, target), "cross": Pieces(across, source)},
+            Pieces(after, source), pairs[number][0],
         )  # fmt: skip
 
+    heads = shape.num_heads
     kinds = (
-        Kind("encoder", "Encoder: source to source", shape.encoder_layers, shape.num_heads),
-        Kind("decoder", "Decoder: target to target", shape.decoder_layers, shape.num_heads),
-        Kind("cross", "Cross attention: target to source", shape.decoder_layers, shape.num_heads),
+        Kind("encoder", "Encoder: source to source", shape.encoder_layers, heads, "encoder"),
+        Kind("decoder", "Decoder: target to target", shape.decoder_layers, heads, "decoder"),
+        Kind("cross", "Cross attention: target to source", shape.decoder_layers, heads, "across", is_self=False),
     )
-    return Examined(
+    return Subject(
         kinds=kinds, origin="test sentences, neither trained on nor used to choose the parameters",
         unit=words.unit, sequence="sentence",
         batches=held_out, index=lambda batch: batch.index, capture=capture, visible=visible, tokens=tokens,
         losses=losses, ablated=ablated, predicted=predicted, categories=categories,
-        right=lambda batch: {r.key: gold.keys(r, sentences_of(batch), visible(batch)[r.kind]) for r in relations},
-        relations=relations, rules=lambda batch, r: gold.rules(r, sentences_of(batch), visible(batch)[r.kind]),
+        gold=lambda batch: {r.key: gold.keys(r, sentences_of(batch), visible(batch)[r.kind]) for r in relations},
+        relations=relations, aligned=gold.ALIGNED.key if relations else None,
+        baselines=lambda batch, r: gold.baselines(r, sentences_of(batch), visible(batch)[r.kind]),
         sentence=sentence,
+        view_note="Rows of the decoder are the words read, in cross attention “word read → word written”.",
     )  # fmt: skip

@@ -10,14 +10,15 @@ import numpy as np
 from rich.console import Console
 
 from experiments import folder as folders
-from experiments import work
+from experiments import heads, work
 from experiments.data import files
 from experiments.errors import DataError, UserError
 from experiments.folder import HEADS, REPORT, write
-from experiments.heads import findings, numbers, of_text, report
+from experiments.heads import held_out
 from experiments.studies import models
-from mhajax import encoder
+from mhajax import encoder, report
 from mhajax.pretrained import Pretrained
+from mhajax.report import text as texts
 
 ROWS = 4  # windows that are computed together
 
@@ -54,8 +55,8 @@ def examine(
     if tokenizer is None:
         raise DataError(f"{name}: there is no tokenizer beside the model; heads reads a text.")
     ids = np.asarray(tokenizer.encode(content[: 16 * windows * length], add_special_tokens=False).ids, np.int32)
-    of_text.check_room(len(ids), length)
-    read = of_text.Text(
+    held_out.check_room(len(ids), length)
+    read = texts.Text(
         ids[: windows * length + 1], length, ROWS, "token",
         lambda some: [tokenizer.decode([one]) for one in some], tokenizer.decode,
         f"windows of {Path(text).name}",
@@ -65,17 +66,18 @@ def examine(
     folder = Path(runs) / folders.name(stem, settings)
     with folders.opened(folder), work.shown_on(console):
         console.print(f"[dim]folder[/dim] {folder}", highlight=False, soft_wrap=True)
-        model = of_text.of_text(loaded.model, loaded.config, read, hidden)
-        found = findings.examine(model, [loaded.params], [models.shuffled(loaded.params)], console)
-        page, drawings = report.make(model, found, [loaded.params], Path(name).stem, shown)
-        for drawing_name, drawing in drawings.items():
+        found = report.examine(
+            texts.make_subject(loaded.model, loaded.config, read, hidden),
+            [loaded.params], [models.shuffled(loaded.params)],
+            name=Path(name).stem, shown=shown, progress=heads.progress,
+        )  # fmt: skip
+        for drawing_name, drawing in found.drawings.items():
             figures.save(drawing, folder / "figures" / "heads" / drawing_name)
-        measured = numbers.as_json(model, found, 1)
-        write(folder / HEADS, json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
-        page.save(folder / REPORT)
+        write(folder / HEADS, json.dumps(found.numbers, indent=1, ensure_ascii=False) + "\n")
+        found.page.save(folder / REPORT)
         write(folder / "config.toml", f"# heads of {name} on {text}\n")
     console.print(f"the report about the heads is {folder / REPORT}, its numbers are {folder / HEADS}", soft_wrap=True)
-    return measured
+    return found.numbers
 
 
 def _hidden(name: str, loaded: Pretrained) -> int | None:

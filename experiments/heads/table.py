@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.heads.examined import Kind
+from mhajax.report.subject import Kind
 from mhajax.statistics import Measure
 
 _DECIMALS = {"distance": 1, "entropy": 2}  # of the measures that are not shares
@@ -21,7 +21,7 @@ def show(console: Console, kinds: Sequence[Kind], heads: Mapping[str, Mapping[st
     Args:
       console: where.
       kinds: of attention.
-      heads: kind → measure → [L, N], from `findings.of_one`.
+      heads: kind → measure → [L, N], from `results.examine_briefly`.
       unit: what a token is, for a reader: "word", "character" or "token".
     """
     relations = False
@@ -40,8 +40,8 @@ def show(console: Console, kinds: Sequence[Kind], heads: Mapping[str, Mapping[st
             cells = [_cell(name, measures[name], place, best) for name in measures]
             table.add_row(f"{place[0]}·{place[1]}", *cells)
         if best:
-            rules = [f"{100 * measures[n].baseline[0, 0]:.0f}{' ' * 8}" if n in best else "" for n in measures]
-            table.add_row("best rule", *rules, style="dim")
+            baselines = [f"{100 * measures[n].baseline[0, 0]:.0f}{' ' * 8}" if n in best else "" for n in measures]
+            table.add_row("baseline", *baselines, style="dim")
         console.print(table)
         if left_out:
             console.print(f"no room for: {', '.join(left_out)}", style="dim", highlight=False)
@@ -50,7 +50,7 @@ def show(console: Console, kinds: Sequence[Kind], heads: Mapping[str, Mapping[st
         f"distance: {unit}s between query and what it looks at; entropy: 0 is one key, 1 all alike."
         + (
             " Relations: % of the queries whose most attended key is a right one, with the 95 % interval over "
-            "sentences; best rule is what a fixed offset or the nearest noun would reach."
+            "sentences; baseline is what the best fixed offset or the nearest noun would reach."
             if relations
             else ""
         ),

@@ -15,8 +15,8 @@ from experiments import environment, schema
 from experiments import folder as folders
 from experiments.errors import ConfigError
 from experiments.folder import CONFIG, ENVIRONMENT, REPORT, RESULT, write
-from experiments.page import Page
 from mhajax.figures import Drawing
+from mhajax.report.page import Page
 
 Word = Literal["supported", "refuted", "not resolved"]
 COLOURS = {"supported": "green", "refuted": "red", "not resolved": "yellow"}

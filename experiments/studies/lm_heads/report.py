@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.page import Column, Page, Section
 from experiments.studies.lm_heads import Config, rules
 from experiments.studies.lm_heads.measures import INDUCTION, Found
 from experiments.studies.study import Answer, Verdict
 from mhajax import figures
 from mhajax.figures import Drawing
+from mhajax.report.page import Column, Page, Section
 from mhajax.statistics import Measure
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.page import Column, Page
 from experiments.studies.study import Answer
 from experiments.studies.sweep import rules
 from experiments.studies.sweep.rules import Comparison, Trained
 from mhajax import figures
+from mhajax.report.page import Column, Page
 from mhajax.statistics import Measure
 
 if TYPE_CHECKING:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.page import Column, Page, element
-from experiments.page.report import Section
 from experiments.studies.study import Answer, Verdict
 from experiments.studies.syntax.counts import DIRECTIONS
 from experiments.studies.syntax.findings import FLIPS, POSITIONAL, SUBJECT, Found, Order, chosen_heads
 from mhajax import figures
 from mhajax.figures import Drawing
+from mhajax.report.page import Column, Page, Section, element
 from mhajax.statistics import Measure
 
 if TYPE_CHECKING:

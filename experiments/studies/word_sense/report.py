@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.page import Column, Page, Section
 from experiments.studies.study import Answer, Verdict
 from experiments.studies.word_sense import findings, rules
 from experiments.studies.word_sense.findings import ARMS, Model
 from experiments.studies.word_sense.measure import BAG, CONTEXT, FIXED, MAJORITY, RETRAINED, STATIC, OfWord
 from mhajax import figures
 from mhajax.figures import Drawing
+from mhajax.report.page import Column, Page, Section
 from mhajax.statistics import Measure
 
 if TYPE_CHECKING:

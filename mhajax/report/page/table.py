@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from experiments.page.markup import Html, element, join
+from mhajax.report.page.markup import Html, element, join
 from mhajax.statistics import Measure
 
 _MARK = "\N{RING OPERATOR}"

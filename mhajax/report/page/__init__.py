@@ -11,8 +11,8 @@
 Whatever is handed in is text and is escaped, unless `element` made it.
 """
 
-from experiments.page.markup import element
-from experiments.page.report import Page, Section
-from experiments.page.table import Column, beats_baseline
+from mhajax.report.page.markup import element
+from mhajax.report.page.report import Page, Section
+from mhajax.report.page.table import Column, beats_baseline
 
 __all__ = ["Column", "Page", "Section", "beats_baseline", "element"]

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from experiments.page import table as tables
-from experiments.page.markup import Html, element
-from experiments.page.table import Column
 from mhajax import figures, view
 from mhajax.figures import Drawing
+from mhajax.report.page import table as tables
+from mhajax.report.page.markup import Html, element
+from mhajax.report.page.table import Column
 from mhajax.view import View
 
 
@@ -108,7 +108,7 @@ class Page:
             f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
             "base-uri 'none'; form-action 'none'"
         )
-        style = resources.files("experiments.page").joinpath("page.css").read_text(encoding="utf-8")
+        style = resources.files("mhajax.report.page").joinpath("page.css").read_text(encoding="utf-8")
         head = element(
             "head",
             element("meta", charset="utf-8"),

@@ -7,34 +7,33 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 from scipy import stats
 
-from experiments import work
-from experiments.heads import costs, measure
-from experiments.heads.costs import Costs
-from experiments.heads.examined import Examined
-from experiments.heads.measure import Asked, Looks
 from mhajax import statistics
 from mhajax.heads import diversity, matching
 from mhajax.heads.matching import Stability
+from mhajax.report import importance, patterns
+from mhajax.report.importance import Importance
+from mhajax.report.patterns import Asked, Patterns, Tallies
+from mhajax.report.progress import Progress, silent
+from mhajax.report.subject import Subject
 from mhajax.statistics import Measure, Report, Tally
 
 ALPHA = 0.05
 
 
-class Relation(NamedTuple):
+class Followed(NamedTuple):
     """How well heads follow a relation.
 
     Attributes:
       name, kind: what is asked, and of which attention.
       part: "", or a range of distances.
       found: the best head of each seed, chosen on one half of the sentences and reported on the other; its baseline is
-        the best rule, chosen in the same way.
+        the best of the subject's baselines, chosen in the same way.
       untrained: the best head of untrained models, chosen in the same way.
-      rule: what the best rule is.
+      baseline: which one that is.
       asked: questions per seed.
-      seeds: in how many seeds "there is a head that does better than the best rule" has p < 0.05.
+      seeds: in how many seeds "there is a head that does better than that baseline" has p < 0.05.
     """
 
     name: str
@@ -42,30 +41,44 @@ class Relation(NamedTuple):
     part: str
     found: Report
     untrained: Measure
-    rule: str
+    baseline: str
     asked: int
     seeds: int
 
 
-class Findings(NamedTuple):
-    """What is known of the heads of the models (seeds) of a run.
+class WhereHeadsLook(NamedTuple):
+    """What the attention weights alone tell, of one model or of several (seeds).
 
     Attributes:
       heads: kind → measure → [seeds, L, N], each head by itself, over sentences.
       layers: kind → measure → [L], the mean over the heads of a layer, over seeds and sentences.
-      untrained: kind → measure → [L], the value before training.
       best: kind → measure → the head of each seed that looks there most, chosen on one half of the sentences and
         reported on the other.
+      differences: kind → measure → [L]: how the heads of a layer differ.
+    """
+
+    heads: dict[str, dict[str, Measure]]
+    layers: dict[str, dict[str, Measure]]
+    best: dict[str, dict[str, Report]]
+    differences: dict[str, dict[str, Measure]]
+
+
+class Results(NamedTuple):
+    """What is known of the heads of a model, or of several (seeds).
+
+    Attributes:
+      heads, layers, best: as in `WhereHeadsLook`.
+      untrained: kind → measure → [L], the value before training.
       relations: what the gold was asked.
       relations_of_heads: (relation, part) → [seeds, L, N].
       alignment: reading → the alignment error rate of the best head of each seed (lower is better), chosen on the other
         half of the sentences; by baseline.
-      lost: category → kind → [seeds, L, N]: nats per word that are lost without the head.
-      needed: category → share of heads whose removal raises the loss (false discoveries held at 5 %), over seeds.
-      pruned: order of removal → [removals + 1]: loss per word, over seeds and sentences.
+      ablation: category → kind → [seeds, L, N]: the ablation effect, nats per token, above 0 where the head is of use.
+      needed: category → fraction of heads whose removal raises the loss (false discoveries held at 5 %), over seeds.
+      pruned: order of removal → [removals + 1]: loss per token, over seeds and sentences.
       removable: for each of `TOLERATED`, how many heads go before the perplexity is that much higher: mean and interval
         over seeds; the baseline removes them in one random order.
-      importance: kind → [seeds, L, N], Michel's.
+      michel: kind → [seeds, L, N], Michel's importance.
       order: for each seed, heads from the least important to the most.
       stability: kind → how alike the heads of the seeds are after matching; empty for fewer than 3 seeds.
       similarity: kind → [seeds, seeds, L·N, L·N], CKA of outputs.
@@ -76,96 +89,112 @@ class Findings(NamedTuple):
     layers: dict[str, dict[str, Measure]]
     untrained: dict[str, dict[str, Measure]]
     best: dict[str, dict[str, Report]]
-    relations: list[Relation]
+    relations: list[Followed]
     relations_of_heads: dict[Asked, Measure]
     alignment: dict[str, dict[str, Measure]]
-    lost: dict[str, dict[str, Measure]]
+    ablation: dict[str, dict[str, Measure]]
     needed: dict[str, Measure]
     pruned: dict[str, Measure]
     removable: dict[float, Measure]
-    importance: dict[str, Measure]
+    michel: dict[str, Measure]
     order: list[list[tuple[str, int, int]]]
     stability: dict[str, Stability]
     similarity: dict[str, np.ndarray]
     differences: dict[str, dict[str, Measure]]
 
 
-TOLERATED = (0.01, 0.05, 0.1)  # shares of the perplexity
+TOLERATED = (0.01, 0.05, 0.1)  # rises of the perplexity
 
 
-def examine(model: Examined, trained: Sequence[Any], untrained: Sequence[Any], console: Console) -> Findings:
+def examine(subject: Subject, trained: Sequence[Any], untrained: Sequence[Any], progress: Progress = silent) -> Results:
     """Measure every head of every model.
 
     Args:
-      model: functions and sentences.
+      subject: functions and sentences.
       trained: parameters of each seed.
       untrained: parameters of each seed before training.
-      console: for progress.
+      progress: told how far it is.
     """
-    look, cost = measure.looks(model), costs.costs(model)
-    seen, before, worth = list[Looks](), list[Looks](), list[Costs]()
-    with work.shown_on(console), work.piece("measuring heads", 3 * len(trained) + 1, "steps", note="") as steps:
+    look, depend = patterns.make_measure(subject, progress), importance.make_measure(subject, progress)
+    after, before, worth = list[Patterns](), list[Patterns](), list[Importance]()
+    with progress("measuring heads", 3 * len(trained) + 1, "steps") as steps:
         for params, early in zip(trained, untrained, strict=True):
-            seen.append(look(params))
+            after.append(look(params))
             steps.advance()
             before.append(look(early))
             steps.advance()
-            worth.append(cost(params))
+            worth.append(depend(params))
             steps.advance()
-        with work.piece("intervals", 1, "step", note=""):
-            return _findings(model, seen, before, worth)
+        with progress("intervals", 1, "steps"):
+            return _results(subject, after, before, worth)
 
 
-def of_one(model: Examined, params: Any) -> dict[str, dict[str, Measure]]:
-    """The heads of one model: kind → measure → [L, N]: distance, entropy, and the relations with the best rule.
+def examine_briefly(subject: Subject, params: Any, progress: Progress = silent) -> dict[str, dict[str, Measure]]:
+    """The heads of one model: kind → measure → [L, N]: distance, entropy, and the relations with the best baseline.
 
-    The rule is chosen on the sentences on which it is reported, which flatters it; `examine` does not.
+    The baseline is chosen on the sentences on which it is reported, which flatters it; `examine` does not.
     """
-    measures, relations = measure.brief(model, params)
-    rules = {asked: by_rule for asked, by_rule in measure.guesses(model).items() if not asked[1]}
+    measures, relations = patterns.measure_briefly(subject, params, progress)
+    baselines = {asked: named for asked, named in patterns.measure_baselines(subject).items() if not asked[1]}
     found = _each(statistics.estimate, measures)
-    for relation in model.relations:
+    for relation in subject.relations:
         tally = relations[relation.key, ""]
         if np.asarray(tally.count).any():
-            best = max(rules[relation.key, ""].values(), key=lambda rule: np.sum(rule.total))
+            best = max(baselines[relation.key, ""].values(), key=lambda guessed: np.sum(guessed.total))
             guessed = np.broadcast_to(np.asarray(best.total)[:, None, None], np.shape(tally.total))
             found[relation.kind][relation.name] = statistics.estimate(tally._replace(baseline=guessed))
     return found
 
 
-def _findings(model: Examined, seen: list[Looks], before: list[Looks], worth: list[Costs]) -> Findings:
-    measures, early = (_stacked([look.measures for look in looks]) for looks in (seen, before))
-    relations = _stacked([look.relations for look in seen])
+def where_heads_look(models: Sequence[Patterns]) -> WhereHeadsLook:
+    """What the weights alone tell, of the patterns of one model or of several (seeds)."""
+    measures = _stacked([model.measures for model in models])
+    differences = _stacked([model.differences for model in models])
+    return WhereHeadsLook(
+        heads=_each(_of_heads, measures),
+        layers=_each(_of_layers, measures),
+        best=_best(measures),
+        differences=_each(_over_seeds, differences),
+    )
+
+
+def _best(measures: Tallies) -> dict[str, dict[str, Report]]:
+    return {
+        kind: {name: _best_head(_whole(tally)) for name, tally in named.items() if name not in patterns.NOT_SHARES}
+        for kind, named in measures.items()
+    }
+
+
+def _results(subject: Subject, after: list[Patterns], before: list[Patterns], worth: list[Importance]) -> Results:
+    measures, early = (_stacked([model.measures for model in models]) for models in (after, before))
+    relations = _stacked([model.relations for model in after])
     similarity, stability = {}, {}
-    for kind in model.kinds:
-        similarity[kind.name] = _similarity([look.outputs[kind.name] for look in seen])
-        if len(seen) > 2:
-            start = _similarity([look.outputs[kind.name] for look in before])
+    for kind in subject.kinds:
+        similarity[kind.name] = _similarity([model.outputs[kind.name] for model in after])
+        if len(after) > 2:
+            start = _similarity([model.outputs[kind.name] for model in before])
             blocks = np.repeat(np.arange(kind.layers), kind.heads)
             stability[kind.name] = matching.stability(similarity[kind.name], untrained=start, blocks=blocks)
-    lost = _stacked([cost.lost for cost in worth])
-    pruned = _stacked([cost.pruned for cost in worth])
-    return Findings(
+    ablation = _stacked([model.ablation for model in worth])
+    pruned = _stacked([model.pruned for model in worth])
+    return Results(
         heads=_each(_of_heads, measures),
         layers=_each(_of_layers, measures),
         untrained=_each(_of_layers, early),
-        best={
-            kind: {name: _best_head(_whole(tally)) for name, tally in of.items() if name not in measure.SPREAD}
-            for kind, of in measures.items()
-        },
-        relations=_relations(model, relations, _stacked([look.relations for look in before])),
+        best=_best(measures),
+        relations=_relations(subject, relations, _stacked([model.relations for model in before])),
         relations_of_heads=_each(_of_heads, relations),
-        alignment=_error_rates(_stacked([look.agreement for look in seen])),
-        lost=_each(_of_heads, lost),
-        needed={category: _needed(of_kind) for category, of_kind in lost.items()},
-        pruned={order: _over_seeds(_turned(tally)) for order, tally in pruned.items()},
+        alignment=_error_rates(_stacked([model.agreement for model in after])),
+        ablation=_each(_of_heads, ablation),
+        needed={category: _needed(of_kind) for category, of_kind in ablation.items()},
+        pruned={order: _over_seeds(_sentences_first(tally)) for order, tally in pruned.items()},
         removable={share: _removable(pruned, share) for share in TOLERATED},
-        importance=_each(_of_heads, _stacked([cost.importance for cost in worth])),
-        order=[cost.order for cost in worth],
+        michel=_each(_of_heads, _stacked([model.michel for model in worth])),
+        order=[model.order for model in worth],
         stability=stability,
         similarity=similarity,
         differences=_differences(
-            _stacked([look.differences for look in seen]), _stacked([look.differences for look in before])
+            _stacked([model.differences for model in after]), _stacked([model.differences for model in before])
         ),
     )
 
@@ -212,30 +241,30 @@ def _over_seeds(tally: Tally) -> Measure:
     return statistics.estimate(tally, axis=(0, 1))
 
 
-def _turned(tally: Tally) -> Tally:
+def _sentences_first(tally: Tally) -> Tally:
     """[seeds, removals + 1, sentences] → [seeds, sentences, removals + 1]."""
     total, baseline = (np.moveaxis(np.asarray(part), 1, 2) for part in (tally.total, tally.baseline))
     return _whole(Tally(total, np.asarray(tally.count)[..., None], baseline))
 
 
-def _relations(model: Examined, found: dict[Asked, Tally], early: dict[Asked, Tally]) -> list[Relation]:
-    rules = measure.guesses(model)
+def _relations(subject: Subject, found: dict[Asked, Tally], early: dict[Asked, Tally]) -> list[Followed]:
+    baselines = patterns.measure_baselines(subject)
     answers = []
-    for relation in model.relations:
+    for relation in subject.relations:
         for part in ("", *relation.parts):
             asked = (relation.key, part)
-            tally, names = _whole(found[asked]), list(rules[asked])
+            tally, names = _whole(found[asked]), list(baselines[asked])
             if not tally.count.sum():
                 continue
-            guessed = _stacked_rules([rules[asked][name] for name in names])
+            guessed = _as_heads([baselines[asked][name] for name in names])
             report = _best_head(tally, guessed)
             best = int(np.argmax(guessed.total[0].sum(0).ravel()))
             against = tally._replace(baseline=np.broadcast_to(guessed.total[..., best : best + 1], tally.total.shape))
             answers.append(
-                Relation(
+                Followed(
                     name=relation.name, kind=relation.kind, part=part, found=report,
                     untrained=_best_head(_whole(early[asked])).best,
-                    rule=names[best], asked=int(tally.count[0, :, 0, 0].sum()),
+                    baseline=names[best], asked=int(tally.count[0, :, 0, 0].sum()),
                     seeds=sum(_some_head(Tally(*(a[seed] for a in against))) < ALPHA for seed in range(len(tally[0]))),
                 )
             )  # fmt: skip
@@ -262,9 +291,9 @@ def _best_head(tally: Tally, alternatives: Tally | None = None) -> Report:
     return statistics.select_and_report(one, axis=0, heads=(1, 2), alternatives=others)
 
 
-def _stacked_rules(rules: list[Tally]) -> Tally:
-    """Rules as heads: [1, sentences, 1, rules]."""
-    return Tally(*(np.stack([np.asarray(rule[part], float) for rule in rules], -1)[None, :, None] for part in range(3)))
+def _as_heads(baselines: list[Tally]) -> Tally:
+    """Baselines as if they were heads: [1, sentences, 1, baselines]."""
+    return Tally(*(np.stack([np.asarray(b[part], float) for b in baselines], -1)[None, :, None] for part in range(3)))
 
 
 def _some_head(tally: Tally) -> float:
@@ -272,12 +301,12 @@ def _some_head(tally: Tally) -> float:
     return statistics.max_statistic(*statistics.sign_flips(tally, resamples=1999)).any
 
 
-def _needed(lost: Mapping[str, Tally]) -> Measure:
-    """The share of the heads of a seed whose removal raises the loss; the baseline is heads that do nothing."""
+def _needed(effects: Mapping[str, Tally]) -> Measure:
+    """The fraction of the heads of a seed whose removal raises the loss; the baseline is heads that do nothing."""
     shares = []
-    for seed in range(len(next(iter(lost.values())).total)):
+    for seed in range(len(next(iter(effects.values())).total)):
         p = []
-        for tally in lost.values():
+        for tally in effects.values():
             total, count = (np.asarray(a, float)[seed] for a in _whole(tally)[:2])
             rate = total.sum(0) / np.maximum(count.sum(0), 1)
             error = np.sqrt(((total - rate * count) ** 2).sum(0)) / np.maximum(count.sum(0), 1)
@@ -295,7 +324,7 @@ def _removable(pruned: Mapping[str, Tally], share: float) -> Measure:
         above = losses > losses[:, :1] + np.log1p(share)
         return np.where(above.any(1), np.argmax(above, axis=1) - 1, losses.shape[1] - 1)
 
-    found = _of_numbers(count(pruned[costs.ORDERS[0]]), float(count(pruned[costs.ORDERS[1]]).mean()))
+    found = _of_numbers(count(pruned[importance.ORDERS[0]]), float(count(pruned[importance.ORDERS[1]]).mean()))
     return found._replace(low=np.maximum(found.low, 0))  # no fewer than none; NaN stays
 
 
