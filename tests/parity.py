@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import parity_features
 from parity_features import CASES, Case, booleans
+from parity_loops import loops
 from reference import enable_x64, numbers
 
-from mhajax import dropout, kernels, masks, scores
+from mhajax import kernels, masks, scores
 from mhajax.kernels import PATHS, Plan, Tiling, blockwise, ring
 
 # What every number is held to, relative to the largest one. Not what was measured, so that the table stays the same.
@@ -57,70 +58,6 @@ def attend(path: Path, q: Any, k: Any, v: Any, **options: Any) -> Any:
     given = {"queries": masks.tokens(q.shape[-2]), "keys": masks.tokens(k.shape[-2])} | options
     with mock.patch.object(blockwise, "plan", lambda request: Plan("", path.tiling, path.values_at_once)):
         return kernels.attend(q, k, v, kernel=path.kernel, **given)
-
-
-# The loops ----------------------------------------------------------------------------------------------------------
-
-
-def loops(case: Case, q: Any, k: Any, v: Any, extras: dict, d_out: Any, d_log_sums: Any) -> list[np.ndarray]:
-    """Heads, log-sum-exp, and the gradients of q, k, v and the extras for these cotangents, in NumPy and float64.
-
-    What a bias or a score function makes of the products is differentiated by central differences.
-    """
-    b, n, group, t, s, h, hv = case.sizes._replace(k=case.sizes.n // case.sizes.k)
-    q, k, v, d_out, d_log_sums = (np.asarray(a, np.float64) for a in (q, k, v, d_out, d_log_sums))
-    extras = {name: np.asarray(a, np.float64) for name, a in extras.items()}
-    gates = extras.get("gates", np.ones(n))
-    raw = np.zeros((b, n, t, s))
-    for i, j, row in np.ndindex(b, n, t):
-        raw[i, j, row] = k[i, j // group] @ q[i, j, row] * h**-0.5
-    logits = raw if case.logits is None else case.logits(raw, extras) + np.zeros(raw.shape)
-    allowed = np.broadcast_to(case.allowed, raw.shape) & (logits > -np.inf)
-    factor = np.ones(raw.shape)
-    if case.dropped:
-        kept = dropout.keep(case.dropped["dropout_key"], case.dropped["dropout_rate"], raw.shape)
-        factor = np.asarray(kept) / (1 - case.dropped["dropout_rate"])
-
-    out, log_sums, d_logits = np.zeros((b, n, t, hv)), np.full((b, n, t), -np.inf), np.zeros(raw.shape)
-    d_q, d_k, d_v = (np.zeros(a.shape) for a in (q, k, v))
-    d_extras = {name: np.zeros(a.shape) for name, a in extras.items()}
-    for i, j, row in np.ndindex(b, n, t):
-        seen = allowed[i, j, row]
-        if not seen.any():  # a query with nothing to attend to gives zeros
-            continue
-        x, values, cotangent = logits[i, j, row, seen], v[i, j // group, seen], d_out[i, j, row] * gates[j]
-        sink = extras["sinks"][j] if "sinks" in extras else -np.inf
-        log_sum = x.max() + np.log(np.sum(np.exp(x - x.max())))
-        whole = np.logaddexp(log_sum, sink)
-        weights, share = np.exp(x - whole), factor[i, j, row, seen]
-        head = (weights * share) @ values
-        out[i, j, row], log_sums[i, j, row] = head * gates[j], log_sum
-        d_weights = values @ cotangent * share
-        owed = weights @ d_weights
-        d_logits[i, j, row, seen] = weights * (d_weights - owed) + np.exp(x - log_sum) * d_log_sums[i, j, row]
-        d_v[i, j // group, seen] += np.outer(weights * share, cotangent)
-        if "sinks" in extras:
-            d_extras["sinks"][j] -= np.exp(sink - whole) * owed
-        if "gates" in extras:
-            d_extras["gates"][j] += head @ d_out[i, j, row]
-
-    def slope(up: Any, down: Any) -> Any:
-        with np.errstate(invalid="ignore"):  # -inf - -inf, which nobody may see
-            return np.where(allowed, (up - down) / (2 * step), 0)
-
-    step, d_raw = 1e-5, d_logits
-    if case.logits is not None:
-        d_raw = d_logits * slope(case.logits(raw + step, extras), case.logits(raw - step, extras))
-        for name in set(extras) - {"sinks", "gates"}:
-            for place in np.ndindex(extras[name].shape):
-                moved = np.zeros(extras[name].shape)
-                moved[place] = step
-                up, down = (case.logits(raw, extras | {name: extras[name] + d}) for d in (moved, -moved))
-                d_extras[name][place] = np.sum(d_logits * slope(up, down))
-    for i, j, row in np.ndindex(b, n, t):
-        d_q[i, j, row] = d_raw[i, j, row] @ k[i, j // group] * h**-0.5
-        d_k[i, j // group] += np.outer(d_raw[i, j, row], q[i, j, row]) * h**-0.5
-    return [out, log_sums, d_q, d_k, d_v, *(d_extras[name] for name in sorted(d_extras))]
 
 
 # The paths ----------------------------------------------------------------------------------------------------------
@@ -454,7 +391,8 @@ columns; without the variable it fails if a cell is not what this page says.
 - splash, cuDNN: what `kernels.explain` says on their platforms for bfloat16, H = 64 and T = S. What is allowed is
   computed in `tests/test_kernels_platforms.py`: splash interpreted, cuDNN's arguments by JAX's own implementation of
   that function.
-- ring: from the same file, on eight devices; "–" is what it does not show, or what the choice does not depend on.
+- ring: from `tests/test_kernels_devices.py`, on eight devices; "–" is what it does not show, or what the choice does
+  not depend on.
 
 Sizes B = 2, N = 4, K = 2, T = 13, S = 17, H = 5, Hv = 3 unless the row says others; tiles of 4 to 7 queries by 6 or 17
 keys, so that there are several of them and the last are partial.

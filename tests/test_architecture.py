@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "mhajax").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # A module of the library imports only from rows above its own, or from its own folder.
 LAYERS = [
@@ -128,7 +129,7 @@ def test_importing_the_library_is_light():
     assert loaded & set(HEAVY) == set()
 
 
-@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS, ids=ids)
+@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS + TESTS, ids=ids)
 def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) < 450
     assert path.name != "utils.py"

@@ -11,7 +11,7 @@ from rich.console import Console
 from experiments import claims, kinds
 from experiments.__main__ import main
 from experiments.errors import DataError
-from experiments.page import Page
+from mhajax.report.page import Page
 from experiments.studies import Answer, Verdict
 
 

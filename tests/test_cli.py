@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from experiment_runs import TINY_TEXT, call
 from rich.console import Console
 
 import experiments
@@ -16,7 +17,6 @@ from experiments.__main__ import main
 from experiments.data import corpora, vocabulary
 from experiments.errors import ConfigError, DataError, UserError
 from mhajax import language_model, training
-from tests.test_experiments import TINY_TEXT, call
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -67,7 +67,7 @@ def test_the_page_has_every_row_and_what_other_platforms_can_do():
 
 
 def test_the_page_claims_of_the_ring_what_its_test_shows():
-    source = (ROOT / "tests" / "test_kernels_platforms.py").read_text()
+    source = (ROOT / "tests" / "test_kernels_devices.py").read_text()
     assert [case for case in parity.RING.values() if f'"{case}": lambda: errors(' not in source] == []
     assert set(parity.RING) <= set(FEATURES) and set(parity.SPECIAL) <= set(FEATURES)
     assert set.union(*REFUSED.values()) <= set(FEATURES)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiment_runs import TINY, call
 from rich.console import Console
 
 from experiments import curve, environment, host, schema, toml
@@ -26,7 +27,6 @@ from experiments.errors import ConfigError, DataError, UserError
 from experiments.progress import Times
 from mhajax import checkpoints, training
 from mhajax.checkpoints import Checkpoints, Damaged
-from tests.test_experiments import TINY, call
 
 CONFIG = """
 kind = "language_model"
