@@ -241,7 +241,7 @@ def _hidden_in(tokens: int, length: int) -> int:
     """How many tokens of a held-out text are hidden, in windows."""
     starts = range(0, max(tokens - 1, 0), length)
     return sum(
-        int(of_text.hidden_places(number, length)[: tokens - 1 - start].sum()) for number, start in enumerate(starts)
+        int(texts.hidden_positions(number, length)[: tokens - 1 - start].sum()) for number, start in enumerate(starts)
     )
 
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from experiments import claims, kinds
 from experiments.__main__ import main
 from experiments.errors import DataError
-from mhajax.report.page import Page
 from experiments.studies import Answer, Verdict
+from mhajax.report.page import Page
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,7 +169,7 @@ def test_as_many_tokens_are_counted_as_are_hidden():
     text, length = np.arange(50, dtype=np.int32), 12
     found = 0
     for number, batch in enumerate(batches.windows(text, batch_size=1, length=length)):
-        found += of_text.hidden_places(number, length)[: batch.lengths[0]].sum()
+        found += texts.hidden_positions(number, length)[: batch.lengths[0]].sum()
     assert masked._hidden_in(len(text), length) == found > 0
 
 
