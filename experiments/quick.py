@@ -52,8 +52,10 @@ def least(config: C, **limits: int) -> C:
 
 
 def narrow(model: C, **layers: int) -> C:
-    """A model with few layers and two heads of 16; a feature of the model stays what it is."""
-    changes = {"num_heads": HEADS, "num_kv_heads": None, "d_model": 16 * HEADS, "head_dim": None, "d_ff": 64, **layers}
+    """A model of few layers and 32 channels; a feature of the model stays what it is, and its heads if they fit."""
+    width = 16 * HEADS
+    heads = model.num_heads if width % (2 * model.num_heads) == 0 else HEADS  # pyright: ignore[reportAttributeAccessIssue]
+    changes = {"num_heads": heads, "num_kv_heads": None, "d_model": width, "head_dim": None, "d_ff": 64, **layers}
     fields = {field.name for field in dataclasses.fields(model)}  # pyright: ignore[reportArgumentType]
     return dataclasses.replace(model, **{name: value for name, value in changes.items() if name in fields})  # pyright: ignore
 

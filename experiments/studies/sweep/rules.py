@@ -9,8 +9,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.studies.study import Verdict, Word
-from mhajax import statistics
-from mhajax.statistics import Measure, Tally
+from mhajax.statistics import Measure
 
 LEVEL = 0.95
 
@@ -84,8 +83,10 @@ def verdict(claim: str, found: Sequence[Comparison]) -> Verdict:
 
 
 def over_seeds(values: np.ndarray, baseline: float, level: float) -> Measure:
-    """The mean of one number per seed, and Student's interval."""
-    return statistics.estimate(Tally(values, np.ones_like(values), np.full_like(values, baseline)), level=level)
+    """The mean of one number per seed, and Student's interval, whatever the range of the numbers."""
+    mean, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * error
+    return Measure(*(np.asarray(part) for part in (mean, mean - half, mean + half, baseline)))
 
 
 def _needed(ahead: np.ndarray, level: float) -> int | None:
