@@ -144,7 +144,7 @@ def _trained(config: Config, arm: Arm, lines: tuple[str, ...], train: Train) -> 
     result = train(config.base.path, _seeds([*lines, *best], config.seeds), arm.name)
     _number(config, result)
     return Trained(
-        arm.name, arm.control, (*lines, *best), result[f"{config.measure}_by_seed"], tried, result["parameters"],
+        arm.name, arm.control, (*arm.set, *best), result[f"{config.measure}_by_seed"], tried, result["parameters"],
         result["seconds"] + spent,
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.studies.study import Answer
@@ -22,7 +23,8 @@ def make(config: Config, arms: Sequence[Trained]) -> Answer:
     found = rules.compare(arms, config.better, config.margin)
     verdict = rules.verdict(config.claim, found)
     name = config.measure.replace("_", " ")
-    page = Page(config.question, f"{config.claim} {verdict.word.capitalize()}: {verdict.because}.")
+    quick = ["A quick look: small models on little data, whose numbers mean nothing."] if config.quick else []
+    page = Page(config.question, *quick, f"{config.claim} {verdict.word.capitalize()}: {verdict.because}.")
     section = page.section("What was trained")
     section.text(
         f"{len(arms)} arms of {config.seeds} seeds each; for the same seed all see the same batches. The measure is "
@@ -31,7 +33,9 @@ def make(config: Config, arms: Sequence[Trained]) -> Answer:
             f" Every arm takes the best for its first seed of {len(config.tuned)} settings, tried for all alike."
             if config.tuned
             else ""
-        )
+        ),
+        f"All arms are {Path(config.base.path).name}"
+        + (f" with {', '.join(config.base.set)}." if config.base.set else "."),
     )
     against = float(values[arms[0].name].value)
     drawing = figures.relation_accuracy(

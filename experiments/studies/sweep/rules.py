@@ -20,7 +20,7 @@ class Trained(NamedTuple):
     Attributes:
       name: of the arm.
       control: has no say in the verdict.
-      lines: what it changes, the chosen one of the tuned lines last.
+      lines: what makes it another arm, the chosen one of the tuned lines last.
       values: the measure of each seed.
       tried: of each line that was tried for it, the measure of the first seed; None where it diverged.
       parameters: how many it has.
