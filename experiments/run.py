@@ -44,7 +44,7 @@ def load(path: str, overrides: list[str], runs: str, *, small: bool = False) -> 
       runs: where run folders are made. A run's folder is named after its config file and a hash of every value in it,
         so the same command always finds the same folder. An earlier run continued with other values has a folder of
         its own beside that run's, which stays as it is.
-      small: a quick look at the config, see `experiments.quick`; the name of its folder begins with "quick-".
+      small: a quick look at the config, see `kinds.shrink`; the name of its folder begins with "quick-".
     """
     folder = Path(path)
     if _is_run(folder):
