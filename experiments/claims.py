@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments import environment, kinds, run
@@ -27,7 +28,7 @@ def command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments claims",
         description="Run the studies that have no result yet, and write what all of them say to RUNS/claims.md and "
-        "RUNS/claims.json. An interrupted one goes on where it was.",
+        "RUNS/claims.json. What is finished is not run again, of an interrupted sweep neither a finished arm.",
     )
     parser.add_argument("configs", metavar="CONFIG", nargs="*", help="studies (default: every one under configs/)")
     parser.add_argument("--runs", metavar="FOLDER", default="runs", help="where their folders are (default: runs)")
@@ -64,7 +65,9 @@ def rows_of(path: str, runs: str, console: Console, show: bool, quick: bool) -> 
         elif show:
             return [{**told, "claim": path, "word": NOT_RUN, "because": "there is no result yet", "seconds": None}]
         else:
-            console.print(f"[bold]{path}[/bold] [dim]{folder}[/dim]", highlight=False, soft_wrap=True)
+            console.print(
+                f"[bold]{escape(path)}[/bold] [dim]{escape(str(folder))}[/dim]", highlight=False, soft_wrap=True
+            )
             result = run.run(config, folder, console)
     except (UserError, training.NonFinite) as error:  # of the others there is an answer
         return [{**told, "claim": path, "word": NOT_RUN, "because": str(error), "seconds": None}]
@@ -97,7 +100,8 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     for row in rows:
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         colour = COLOURS.get(row["word"], "dim")
-        table.add_row(f"[{colour}]{row['word']}[/]", f"{row['claim']}\n[dim]{row['because']}[/dim]", seconds)
+        because = escape(row["because"])
+        table.add_row(f"[{colour}]{row['word']}[/]", f"{escape(row['claim'])}\n[dim]{because}[/dim]", seconds)
     console.print(table)
 
 

@@ -28,7 +28,7 @@ from experiments.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from experiments.errors import ConfigError, DataError
 from experiments.folder import VOCABULARY
 from experiments.heads import held_out
-from experiments.task import Task, build_model, initialiser, mean_and_spread, seeds_of
+from experiments.task import Task, build_model, initialiser, mean_and_spread, seeds_of, show_sample
 from mhajax import encoder, linen, losses, training
 from mhajax.report import text as texts
 from mhajax.report.subject import Subject
@@ -138,9 +138,7 @@ def prepare(config: Config, folder: Path) -> Task:
             highlight=False,
         )
         text = guesses(model, words, seeds_of(params)[0], validation[: 4 * config.batches.length])
-        (folder / "sample.txt").write_text(text, encoding="utf-8")
-        console.print(text, markup=False, highlight=False, style="dim")
-        console.print()
+        show_sample(text, folder, console)
         return {**measured, "sample": text}
 
     return Task(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from experiments import config as configs
 from experiments import (
@@ -155,7 +156,9 @@ class Arms:
         config, folder = self._load(path, lines)
         if (folder / RESULT).is_file() and load_run(folder)[0] == config:
             return folders.read_json(folder / RESULT, "seconds", "parameters")
-        self._console.print(f"[bold]{name}[/bold] [dim]{folder}[/dim]", highlight=False, soft_wrap=True)
+        self._console.print(
+            f"[bold]{escape(name)}[/bold] [dim]{escape(str(folder))}[/dim]", highlight=False, soft_wrap=True
+        )
         return run(config, folder, self._console)
 
     def _load(self, path: str, lines: Sequence[str]) -> tuple[Training, Path]:

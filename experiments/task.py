@@ -75,3 +75,10 @@ def mean_and_spread(scores: dict[str, list[float]]) -> dict[str, Any]:
         if len(values) > 1:
             result |= {f"{name}_sd": round(float(np.std(values, ddof=1)), 3), f"{name}_by_seed": values}
     return result
+
+
+def show_sample(text: str, folder: Path, console: Console) -> None:
+    """Print what a model writes, and keep it in its folder."""
+    (folder / "sample.txt").write_text(text, encoding="utf-8")
+    console.print(text, markup=False, highlight=False, style="dim")
+    console.print()

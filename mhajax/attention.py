@@ -420,8 +420,8 @@ def _rotated(rotate: Callable[[Array, Array], Array], x: Array, positions: Array
     """The function of a user, whose derivative never sees what is not finite: such tokens are marked after it."""
     if not masked:
         return rotate(x, positions)
-    spoilt = ~jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
-    return jnp.where(spoilt, jnp.nan, rotate(jnp.where(spoilt, 0, x), positions))
+    nonfinite = ~jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+    return jnp.where(nonfinite, jnp.nan, rotate(jnp.where(nonfinite, 0, x), positions))
 
 
 def _plus(x: Array, bias: Array) -> Array:

@@ -141,14 +141,14 @@ def changes(who: str, given: Any) -> None:
 def intervention(given: Intervention, x: Array, num_keys: int, config: Any) -> None:
     """Patches that belong to these heads, queries and keys; `gates` and `mask_sizes` look at the rest."""
     n, k, t, h, hv = config.num_heads, config.kv_heads, x.shape[-2], config.width, config.value_width
-    asking, answering = ("N", n), ("K", k)
+    query_heads, key_heads = ("N", n), ("K", k)
     quantities = {
-        "queries": (asking, ("T", t), ("H", h)),
-        "keys": (answering, ("S", num_keys), ("H", h)),
-        "values": (answering, ("S", num_keys), ("Hv", hv)),
-        "logits": (asking, ("T", t), ("S", num_keys)),
-        "weights": (asking, ("T", t), ("S", num_keys)),
-        "heads": (asking, ("T", t), ("Hv", hv)),
+        "queries": (query_heads, ("T", t), ("H", h)),
+        "keys": (key_heads, ("S", num_keys), ("H", h)),
+        "values": (key_heads, ("S", num_keys), ("Hv", hv)),
+        "logits": (query_heads, ("T", t), ("S", num_keys)),
+        "weights": (query_heads, ("T", t), ("S", num_keys)),
+        "heads": (query_heads, ("T", t), ("Hv", hv)),
     }
     for name, axes in quantities.items():
         patch = getattr(given, name)

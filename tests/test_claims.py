@@ -34,7 +34,7 @@ def study(monkeypatch):
         answered.append(config.word)
         if config.missing:
             raise DataError("the data are not here; fetch them")
-        verdicts = (Verdict(f"It is {config.word}.", config.word, "1 | 2"), Verdict("And more.", "refuted", "3"))
+        verdicts = (Verdict(f"It is {config.word}.", config.word, "[model] 1 | 2"), Verdict("And more.", "refuted", "3"))
         page = Page("Asked", "Answered.")
         page.section("All").text("All.")
         return Answer(verdicts, {"number": 1.5}, page, {})
@@ -63,9 +63,10 @@ def test_every_study_is_run_once_and_told(study, tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     assert "fetch them" in board["claims"][2]["because"] and board["packages"]["jax"] and board["date"]
     lines = (tmp_path / "runs/claims.md").read_text().splitlines()
-    assert len(lines) == 5 and "| It is supported. | **supported** | 1 \\| 2 |" in lines[2]
+    assert len(lines) == 5 and "| It is supported. | **supported** | [model] 1 \\| 2 |" in lines[2]
     assert "`python -m experiments configs/a.toml`" in lines[2]
-    assert "It is supported." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "It is supported." in shown and shown.count("[model] 1 | 2") >= 2  # where it is run, and in the table
 
 
 def test_what_answers_no_claim_is_said_to(study, tmp_path, monkeypatch, capsys):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -15,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from experiment_runs import call
 
 import experiments
 from experiments import keys, kinds, tables
-from experiments.__main__ import main
 from experiments.data import batches, corpora, vocabulary
 from experiments.heads import held_out
 from experiments.studies import Answer, Verdict
@@ -116,13 +114,6 @@ def known(monkeypatch):
     monkeypatch.setitem(kinds.TRAININGS, "backwards", module(Config=Backwards, prepare=prepare, shrink=shrink))
     own = module(Config=Question, shrink=shrink, hashes=lambda config: {}, answer=answer)
     monkeypatch.setitem(kinds.STUDIES, "question", own)
-
-
-def call(*arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = main([str(argument) for argument in arguments])
-    return status, out.getvalue(), err.getvalue()
 
 
 TOML = """

@@ -1,18 +1,16 @@
 """Training on hidden tokens: which are hidden, what is lost on them, and a run from end to end."""
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiment_runs import call
 
 from experiments import masked_modelling as masked
 from experiments import schema
-from experiments.__main__ import main
 from experiments.data import batches, vocabulary
 from experiments.data.vocabulary import SPECIAL_TOKENS, UNK
 from experiments.errors import ConfigError
@@ -46,13 +44,6 @@ evaluate_every = 3
 [heads]
 sentences = 6
 """
-
-
-def call(*arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = main([str(argument) for argument in arguments])
-    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

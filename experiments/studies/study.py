@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 
 from experiments import environment, schema
 from experiments import folder as folders
@@ -118,6 +119,7 @@ def run(study: ModuleType, config: Any, folder: Path, console: Console, train: T
 def _show(result: dict[str, Any], folder: Path, console: Console) -> None:
     for verdict in result["verdicts"]:
         colour = COLOURS.get(verdict["word"], "white")
-        console.print(f"[bold {colour}]{verdict['word']}[/]  {verdict['claim']}", soft_wrap=True, highlight=False)
-        console.print(f"    {verdict['because']}", style="dim", soft_wrap=True, highlight=False)
+        claim, because = escape(verdict["claim"]), escape(verdict["because"])
+        console.print(f"[bold {colour}]{verdict['word']}[/]  {claim}", soft_wrap=True, highlight=False)
+        console.print(f"    {because}", style="dim", soft_wrap=True, highlight=False)
     console.print(f"{result['seconds']:.0f} s · the report is {folder / REPORT}", highlight=False, soft_wrap=True)

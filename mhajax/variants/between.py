@@ -25,7 +25,7 @@ class Pairs(NamedTuple):
     logits: Array  # [..., N, T, S], 0 where not allowed
     allowed: Array  # bool [..., N, T, S]
     values: Array  # [..., K, S, Hv]
-    spoilt: Array | None  # as from `look`
+    nonfinite: Array | None  # as from `look`
 
 
 def check(who: str, params: Any, x: Any, config: Any, params_kind: Any, options: Mapping[str, Any]) -> None:
@@ -50,9 +50,9 @@ def look(
     _, seen = attention.apply_captured(params, x, config, capture=capture, **options)
     if options.get("mask") is None and options.get("bias") is None:
         return seen, None
-    spoilt = jnp.any(jnp.isnan(seen[capture[0]]), axis=(-3, -1))
+    nonfinite = jnp.any(jnp.isnan(seen[capture[0]]), axis=(-3, -1))
     bad = lambda name, a: jnp.isnan(a) if name == "logits" else ~jnp.isfinite(a)  # noqa: E731 - a mask is -inf
-    return {name: jnp.where(bad(name, array), 0, array) for name, array in seen.items()}, spoilt
+    return {name: jnp.where(bad(name, array), 0, array) for name, array in seen.items()}, nonfinite
 
 
 def pairs(
@@ -74,9 +74,9 @@ def pairs(
             f"{who}.apply: kernel={kernel!r} cannot do this: the variant needs every logit; use kernel='auto' or "
             "'dense'."
         )
-    seen, spoilt = look(params, x, config, ("logits", "values"), kernel="dense", **options)
+    seen, nonfinite = look(params, x, config, ("logits", "values"), kernel="dense", **options)
     allowed = seen["logits"] != -jnp.inf
-    return Pairs(jnp.where(allowed, seen["logits"], 0), allowed, seen["values"], spoilt)
+    return Pairs(jnp.where(allowed, seen["logits"], 0), allowed, seen["values"], nonfinite)
 
 
 def weigh(weights: Array, values: Array) -> Array:
@@ -92,10 +92,10 @@ def combine(
     x: Array,
     config: attention.Config,
     heads: Array,
-    spoilt: Array | None,
+    nonfinite: Array | None,
     gates: ArrayLike | None = None,
 ) -> Array:
-    """The output [..., T, D] of heads [..., N, T, Hv], NaN for the queries that are spoilt."""
+    """The output [..., T, D] of heads [..., N, T, Hv], NaN for queries that are non-finite."""
     if gates is not None:
         gates = jnp.asarray(gates)
         checks.gates(gates, x, config)
@@ -104,7 +104,7 @@ def combine(
     out = jnp.einsum("...nth,nhd->...td", heads.astype(x.dtype), w_o)
     if b_o is not None:
         out = out + b_o
-    return out if spoilt is None else jnp.where(spoilt[..., None], jnp.nan, out)
+    return out if nonfinite is None else jnp.where(nonfinite[..., None], jnp.nan, out)
 
 
 def sized(who: str, name: str, given: Array, axes: str, shape: tuple[int, ...]) -> None:

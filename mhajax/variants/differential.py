@@ -87,7 +87,7 @@ def apply(
     between.sized("differential", "scale", params.scale, "[N, Hv]", (n, hv))
     first, second = params.attention, params.subtracted
     second = first._replace(w_q=second.w_q, w_k=second.w_k, b_q=second.b_q, b_k=second.b_k)
-    (kept, spoilt), (subtracted, also) = (
+    (kept, nonfinite), (subtracted, also) = (
         between.look(one, x, config, ("heads",), **options) for one in (first, second)
     )
     a1, b1, a2, b2 = jnp.moveaxis(params.lambdas, 1, 0)  # [N, H]
@@ -95,6 +95,6 @@ def apply(
     wide = jnp.promote_types(x.dtype, jnp.float32)
     heads = kept["heads"].astype(wide) - factor[:, None, None] * subtracted["heads"]
     heads = norm.normalise(norm.Params(params.scale[:, None], None), heads, epsilon) * (1 - lambda_init)
-    if spoilt is not None and also is not None:
-        spoilt = spoilt | also
-    return between.combine(first, x, config, heads, spoilt, gates)
+    if nonfinite is not None and also is not None:
+        nonfinite = nonfinite | also
+    return between.combine(first, x, config, heads, nonfinite, gates)

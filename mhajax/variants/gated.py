@@ -1,4 +1,4 @@
-"""Gated attention: every channel of every head's output is let through as far as the asking token says, before w_o.
+"""Gated attention: every channel of every head's output is let through as far as the query's token says, before w_o.
 
     head_n ← head_n · σ(x w_g[n])
 
@@ -56,7 +56,7 @@ def apply(params: Params, x: Array, config: Config, **options: Unpack[Options]) 
     between.check("gated", params, x, config, Params, options)
     gates = options.pop("gates", None)
     between.sized("gated", "w_g", params.w_g, "[N, D, Hv]", (config.num_heads, config.d_model, config.value_width))
-    seen, spoilt = between.look(params.attention, x, config, ("heads",), **options)
-    asking = x if spoilt is None else jnp.where(jnp.all(jnp.isfinite(x), axis=-1, keepdims=True), x, 0)
-    opening = jax.nn.sigmoid(precision.einsum("...td,ndh->...nth", asking, params.w_g.astype(x.dtype)))
-    return between.combine(params.attention, x, config, seen["heads"] * opening, spoilt, gates)
+    seen, nonfinite = between.look(params.attention, x, config, ("heads",), **options)
+    gating = x if nonfinite is None else jnp.where(jnp.all(jnp.isfinite(x), axis=-1, keepdims=True), x, 0)
+    opening = jax.nn.sigmoid(precision.einsum("...td,ndh->...nth", gating, params.w_g.astype(x.dtype)))
+    return between.combine(params.attention, x, config, seen["heads"] * opening, nonfinite, gates)

@@ -73,4 +73,4 @@ def apply(
     offset = jnp.asarray(-math.log(pairs.logits.shape[-1]) if offset is None else offset, pairs.logits.dtype)
     weights = jnp.where(pairs.allowed, jax.nn.sigmoid(pairs.logits + offset[..., None, None]), 0)
     heads = between.weigh(dropout.dropout(weights, dropout_rate, dropout_key), pairs.values)
-    return between.combine(params.attention, x, config, heads, pairs.spoilt, gates)
+    return between.combine(params.attention, x, config, heads, pairs.nonfinite, gates)

@@ -46,6 +46,6 @@ def apply(params: Params, x: Array, config: Config, **options: Unpack[Options]) 
     """
     between.check("sinks", params, x, config, Params, options)
     gates = options.pop("gates", None)
-    seen, spoilt = between.look(params.attention, x, config, ("heads", "log_sum_exp"), **options)
+    seen, nonfinite = between.look(params.attention, x, config, ("heads", "log_sum_exp"), **options)
     heads = scores.with_sinks(seen["heads"], seen["log_sum_exp"], params.sinks)
-    return between.combine(params.attention, x, config, heads, spoilt, gates)
+    return between.combine(params.attention, x, config, heads, nonfinite, gates)

@@ -77,4 +77,4 @@ def apply(
     weights = weights / jnp.where(total == 0, 1, total)
     weights = jnp.where(pairs.allowed, mixed(params.after, weights), 0)
     heads = between.weigh(dropout.dropout(weights, dropout_rate, dropout_key), pairs.values)
-    return between.combine(params.attention, x, config, heads, pairs.spoilt, gates)
+    return between.combine(params.attention, x, config, heads, pairs.nonfinite, gates)
