@@ -34,7 +34,10 @@ def study(monkeypatch):
         answered.append(config.word)
         if config.missing:
             raise DataError("the data are not here; fetch them")
-        verdicts = (Verdict(f"It is {config.word}.", config.word, "[model] 1 | 2"), Verdict("And more.", "refuted", "3"))
+        verdicts = (
+            Verdict(f"It is {config.word}.", config.word, "[model] 1 | 2"),
+            Verdict("And more.", "refuted", "3"),
+        )
         page = Page("Asked", "Answered.")
         page.section("All").text("All.")
         return Answer(verdicts, {"number": 1.5}, page, {})
