@@ -32,7 +32,7 @@ from experiments.folder import CHECKPOINTS, CONFIG, ENVIRONMENT, HEADS, METRICS,
 from experiments.progress import Board, Display, Times
 from experiments.tables import Training
 from experiments.task import Task
-from mhajax import training
+from mhajax import linen, training
 from mhajax.checkpoints import Checkpoints, Damaged
 
 
@@ -160,6 +160,14 @@ class Arms:
             f"[bold]{escape(name)}[/bold] [dim]{escape(str(folder))}[/dim]", highlight=False, soft_wrap=True
         )
         return run(config, folder, self._console)
+
+    def models(self, path: str, lines: Sequence[str], name: str) -> studies.Models:
+        """The models of a config with other values, trained if they are not there yet."""
+        self(path, lines, name)
+        config, folder = self._load(path, lines)
+        with folders.opened(folder):
+            task, params = trained(config, folder)
+        return studies.Models(task, params, config.training.seed, linen.Model(config.model).functions.attentions)
 
     def _load(self, path: str, lines: Sequence[str]) -> tuple[Training, Path]:
         config = configs.read(path, lines)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from experiments import run, studies
 from experiments.errors import ConfigError
-from experiments.studies import sweep
+from experiments.studies import paired, sweep
 from experiments.studies.sweep import rules
 from experiments.studies.sweep.rules import Trained
 from mhajax import training
@@ -75,19 +75,19 @@ def test_what_all_seeds_share_is_no_noise_and_the_margin_counts():
     arms = [Trained("a", False, (), [1.0, 2.0, 3.1], {}, 1, 0.0), Trained("b", False, (), [1.5, 2.5, 3.5], {}, 1, 0.0)]
     (found,) = rules.compare(arms, "lower", 0.0)
     np.testing.assert_allclose(found.ahead.value, (0.5 + 0.5 + 0.4) / 3)
-    assert rules.verdict("c", [found]).word == "supported"
-    assert rules.verdict("c", rules.compare(arms, "lower", 1.0)).word == "refuted"
-    assert rules.verdict("c", rules.compare(arms, "higher", 0.0)).word == "refuted"
+    assert paired.verdict("c", [found]).word == "supported"
+    assert paired.verdict("c", rules.compare(arms, "lower", 1.0)).word == "refuted"
+    assert paired.verdict("c", rules.compare(arms, "higher", 0.0)).word == "refuted"
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0, -5.0])
 def test_the_interval_is_students_whatever_the_range_of_the_numbers(shift):
     """Numbers between 0 and 1 are differences like others, and no shares."""
     values = np.array([0.02, 0.05, 0.03, 0.06]) + shift
-    found = rules.over_seeds(values, 0.0, 0.95)
+    found = paired.over_seeds(values, 0.0, 0.95)
     low, high = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
     np.testing.assert_allclose([found.value, found.low, found.high], [values.mean(), low, high], rtol=1e-12)
-    same = rules.over_seeds(np.zeros(4), 0.0, 0.95)
+    same = paired.over_seeds(np.zeros(4), 0.0, 0.95)
     assert same.low == same.high == 0
 
 

@@ -41,6 +41,12 @@ def _across(pair: Pair, targets: Iterable[int], pointers: Sequence[int]) -> Link
     return [(t, pointers[sources[t]]) for t in targets if t in sources and pointers[sources[t]] >= 0]
 
 
+def _reordered(pair: Pair) -> list[tuple[int, int]]:
+    """(target, source) of the words that cross another one: where the two languages have different orders."""
+    links = pair.alignment
+    return [(t, s) for s, t in links if any((s - other) * (t - place) < 0 for other, place in links)]
+
+
 def _subjects_and_verbs(pair: Pair) -> set[int]:
     return {word for link in _verbs(pair) for word in link}
 
@@ -65,6 +71,7 @@ _LINKS: tuple[tuple[Relation, Callable[[Pair], Links]], ...] = (
         Relation("subject or verb written → its source", "cross", "aligns verb"),
         lambda p: [(t, s) for s, t in p.alignment if t in _subjects_and_verbs(p)],
     ),
+    (Relation("word in another order written → its source", "cross", "aligns reordered"), _reordered),
     (
         Relation("verb written → the source's subject", "cross", "subject"),
         lambda p: _across(p, [v for v, _ in _verbs(p)], p.source.subjects),

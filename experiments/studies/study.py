@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -16,6 +16,7 @@ from experiments import environment, schema
 from experiments import folder as folders
 from experiments.errors import ConfigError
 from experiments.folder import CONFIG, ENVIRONMENT, REPORT, RESULT, write
+from experiments.task import Task
 from mhajax.figures import Drawing
 from mhajax.report.page import Page
 
@@ -53,11 +54,31 @@ class Answer(NamedTuple):
     drawings: dict[str, Drawing]
 
 
+class Models(NamedTuple):
+    """What a training made, for a study that asks its models.
+
+    Attributes:
+      task: of the training.
+      params: its best parameters [seeds, ...].
+      first_seed: the seed of the first of them.
+      attentions: of the model's functions: parameters of one seed → {kind: attention.Params}.
+    """
+
+    task: Task
+    params: Any
+    first_seed: int
+    attentions: Callable[[Any], dict[str, Any]]
+
+
 class Train(Protocol):
     """How a study trains: every arm is a run of its own, and one that is finished is not trained again."""
 
     def __call__(self, path: str, lines: Sequence[str], name: str) -> dict[str, Any]:
         """The result of a config with other values; `name` is for whoever watches."""
+        ...
+
+    def models(self, path: str, lines: Sequence[str], name: str) -> Models:
+        """The models of a config with other values, trained if they are not there yet."""
         ...
 
     def check(self, path: str, lines: Sequence[str]) -> None:

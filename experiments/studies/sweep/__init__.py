@@ -3,11 +3,8 @@
 Every arm is a run of its own, in the folder that the same command line would give it, so what is there is not trained
 again; an interrupted study goes on with the arm that it was at. All arms see the same batches for the same seed.
 
-The rule, stated before anything is run. Let d be by how much the claimed arm is better than another one, seed by seed,
-with an interval that holds for all comparisons of the study together (Bonferroni).
-    supported     against each of the others the whole interval of d is above the margin
-    refuted       against one of them the whole interval is below the margin
-    not resolved  else
+The rule, stated before anything is run, is that of `studies.paired`: the claimed arm against each of the others that are
+no control, seed by seed.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ from typing import Any, Literal
 
 from experiments.data import files
 from experiments.errors import ConfigError, DataError
+from experiments.studies.paired import Better
 from experiments.studies.study import Answer, Train
 from experiments.studies.sweep import report
 from experiments.studies.sweep.rules import Trained
@@ -83,7 +81,7 @@ class Config:
     arms: tuple[Arm, ...]
     seeds: int = 5
     measure: str = "validation_loss"
-    better: Literal["lower", "higher"] = "lower"
+    better: Better = "lower"
     margin: float = 0.0
     tuned: tuple[str, ...] = ()
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.studies import paired
+from experiments.studies.paired import Comparison
 from experiments.studies.study import Answer
 from experiments.studies.sweep import rules
-from experiments.studies.sweep.rules import Comparison, Trained
+from experiments.studies.sweep.rules import Trained
 from mhajax import figures
 from mhajax.report.page import Column, Page
 from mhajax.statistics import Measure
@@ -21,7 +23,7 @@ def make(config: Config, arms: Sequence[Trained]) -> Answer:
     """The answer."""
     values = {arm.name: rules.value(arm) for arm in arms}
     found = rules.compare(arms, config.better, config.margin)
-    verdict = rules.verdict(config.claim, found)
+    verdict = paired.verdict(config.claim, found)
     name = config.measure.replace("_", " ")
     quick = ["A quick look: small models on little data, whose numbers mean nothing."] if config.quick else []
     page = Page(config.question, *quick, f"{config.claim} {verdict.word.capitalize()}: {verdict.because}.")
