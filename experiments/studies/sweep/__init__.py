@@ -3,8 +3,8 @@
 Every arm is a run of its own, in the folder that the same command line would give it, so what is there is not trained
 again; an interrupted study goes on with the arm that it was at. All arms see the same batches for the same seed.
 
-The rule, stated before anything is run, is that of `studies.paired`: the claimed arm against each of the others that are
-no control, seed by seed.
+The rule, stated before anything is run, is that of `studies.paired`: the claimed arm against each of the others, those
+that are controls left out, seed by seed.
 """
 
 from __future__ import annotations

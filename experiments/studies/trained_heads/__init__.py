@@ -113,7 +113,7 @@ def answer(config: Config, train: Train) -> Answer:
     lines = (*config.base.set, f"training.seeds={config.seeds}")
     train.check(config.base.path, lines)
     models = train.models(config.base.path, lines, "the model")
-    measured = seeds(models.task, models.attentions, models.params, models.first_seed, config.sentences)
+    measured = seeds(models, config.sentences)
     found = []
     for claim in config.claims:
         try:

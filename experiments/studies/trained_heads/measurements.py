@@ -16,7 +16,8 @@ import numpy as np
 
 from experiments import heads
 from experiments.errors import ConfigError
-from experiments.task import Task, seeds_of
+from experiments.studies.study import Models
+from experiments.task import seeds_of
 from mhajax import statistics
 from mhajax.report import patterns
 from mhajax.report.patterns import Asked, Patterns
@@ -163,29 +164,24 @@ MEASUREMENTS: dict[str, Callable[[Seed, Question], Found]] = {
 }  # fmt: skip
 
 
-def seeds(
-    task: Task, attentions: Callable[[Any], dict[str, Any]], params: Any, first: int, sentences: int
-) -> list[Seed]:
+def seeds(models: Models, sentences: int) -> list[Seed]:
     """Every seed of a training, measured.
 
     Args:
-      task: of the training.
-      attentions: of its model: parameters → {kind: attention.Params}.
-      params: its parameters [seeds, ...].
-      first: the seed of the first; what a training begins with follows from its seed.
+      models: what was trained; what a training begins with follows from its seed.
       sentences: how many held-out sentences (windows of a text) are measured.
     """
+    task = models.task
     subject = task.examine(sentences)
     look = patterns.make_measure(subject, heads.progress)
     guesses = patterns.measure_baselines(subject)
     losses = _make_losses(subject)
     found = []
-    for number, one in enumerate(seeds_of(params)):
+    for number, one in enumerate(seeds_of(models.params)):
         trained = task.functional(one)
-        untrained = task.functional(task.init_params(jax.random.key(first + number)))
-        found.append(
-            Seed(subject, trained, untrained, look(trained), look(untrained), guesses, losses, attentions)
-        )  # fmt: skip
+        untrained = task.functional(task.init_params(jax.random.key(models.first_seed + number)))
+        looks = look(trained), look(untrained)
+        found.append(Seed(subject, trained, untrained, *looks, guesses, losses, models.attentions))
     return found
 
 

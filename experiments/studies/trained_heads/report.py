@@ -39,18 +39,15 @@ def make(config: Config, found: Sequence[Sequence[Found]], subject: Subject) -> 
         *([config.literature] if config.literature else []),
     )
     drawings: dict[str, Drawing] = {}
-    for number, claim in enumerate(config.claims):
-        drawings[f"claim-{number + 1}"] = _section(
-            page, claim, found[number], comparisons[number], verdicts[number], number + 1
-        )
+    for number, claim in enumerate(config.claims, 1):
+        parts = found[number - 1], comparisons[number - 1], verdicts[number - 1]
+        drawings[f"claim-{number}"] = _section(page, number, claim, *parts)
     page.section("What would change this").text(
         "Each number is of one trained seed, and its interval is over seeds (Student's, 95 % for all comparisons of a "
         f"claim together): another {config.seeds} seeds of the same training would be expected to give the same "
         "verdict. Another model, more steps or other sentences are another question; base.set of the config asks it.",
     )
-    numbers = [
-        _numbers(claim, *parts) for claim, *parts in zip(config.claims, found, comparisons, verdicts, strict=True)
-    ]
+    numbers = list(map(_numbers, config.claims, found, comparisons, verdicts))
     return Answer(tuple(verdicts), {"claims": numbers}, page, drawings)
 
 
@@ -61,7 +58,7 @@ def _compared(claim: Claim, found: Sequence[Found]) -> list[Comparison]:
 
 
 def _section(
-    page: Page, claim: Claim, found: Sequence[Found], compared: Sequence[Comparison], verdict: Verdict, number: int
+    page: Page, number: int, claim: Claim, found: Sequence[Found], compared: Sequence[Comparison], verdict: Verdict
 ) -> Drawing:
     section = page.section(f"Claim {number}")
     method = inspect.cleandoc(MEASUREMENTS[claim.measure].__doc__ or "").replace("\n\n", "\n").split("\n")
