@@ -89,6 +89,14 @@ def test_training_curve_table(tmp_path):
     )
 
 
+def test_a_curve_over_any_setting(tmp_path):
+    drawing = figures.curve({"8 words": ([1, 4], [0.5, 0.25])}, title="t", xlabel="heads", ylabel="error")
+    assert figures.save(drawing, tmp_path / "c")[3].read_text() == "series,heads,value\n8 words,1,0.5\n8 words,4,0.25\n"
+    assert drawing.figure.axes[0].get_xlabel() == "heads"
+    with pytest.raises(ValueError, match=r"figures.curve: series\['a'\] settings must increase"):
+        figures.curve({"a": ([2, 1], [0, 0])}, title="t", xlabel="heads", ylabel="error")
+
+
 def test_head_table_table(tmp_path):
     drawing = figures.head_table([[0.5, -0.001], [1.0, 0.25]], title="t", label="share", baseline=0.0)
     path = figures.save(drawing, tmp_path / "heads")[3]

@@ -16,6 +16,7 @@ or 900 pixels of a browser.
     interaction_matrix   one number for each pair of heads
     matched_heads        heads of two trainings, before and after matching
     training_curve       a loss over the steps
+    curve                any number over a setting, such as the number of heads
 
 `save` writes a Drawing as SVG, PDF, PNG and CSV, byte for byte the same each time; `svg` gives it to an HTML page.
 
@@ -28,7 +29,7 @@ matplotlib is imported only when something is drawn, and only its object interfa
 """
 
 from mhajax.figures.alignment import alignment_matrix
-from mhajax.figures.curves import pruning_curve, training_curve
+from mhajax.figures.curves import curve, pruning_curve, training_curve
 from mhajax.figures.drawing import Drawing, save, svg
 from mhajax.figures.interactions import interaction_matrix
 from mhajax.figures.layers import by_layer
@@ -43,6 +44,7 @@ __all__ = [
     "Drawing",
     "alignment_matrix",
     "attention_patterns",
+    "curve",
     "by_layer",
     "head_map",
     "head_table",

@@ -1,4 +1,4 @@
-"""Lines with bands: the loss over the steps of a training, a metric over the number of heads removed."""
+"""Lines with bands: a loss over the steps of a training, any number over a setting, a metric over heads removed."""
 
 from __future__ import annotations
 
@@ -41,44 +41,33 @@ def training_curve(
     Raises:
       ValueError: lengths do not fit, a number is not finite, steps do not increase, or a spread has no series.
     """
-    who = "figures.training_curve"
-    if not series:
-        raise ValueError(f"{who}: series must have one entry or more, got none; pass {{name: (steps, values)}}.")
-    spread = spread or {}
-    for name in spread:
-        if name not in series:
-            raise ValueError(f"{who}: spread[{name!r}] must belong to a series, got series {', '.join(series)}.")
-    lines, bands = {}, {}
-    for name, (steps, values) in series.items():
-        lines[name] = (
-            inputs.array(who, f"series[{name!r}] steps", steps, "[P]"),
-            inputs.array(who, f"series[{name!r}]", values, "[P]"),
-        )
-        count = len(lines[name][0])
-        inputs.same_length(who, f"series[{name!r}]", lines[name][1], "P", count, "values", "one for each step")
-        if (np.diff(lines[name][0]) <= 0).any():
-            raise ValueError(
-                f"{who}: series[{name!r}] steps must increase, got a step that does not; sort and merge them."
-            )
-        if name in spread:
-            for side in spread[name]:
-                inputs.same_length(
-                    who, f"spread[{name!r}]", np.asarray(side), "P", count, "values", "one for each step of the series"
-                )
-            bands[name] = inputs.interval(
-                who, f"spread[{name!r}]", spread[name], lines[name][1], f"series[{name!r}]", "[P]"
-            )
+    return _curve("figures.training_curve", series, spread, title, "step", ylabel)
 
-    figure = _draw(lines, bands, title, "step", ylabel)
-    header, rows = ("series", "step", "value"), []
-    if bands:
-        header += ("low", "high")
-    for name, (steps, values) in lines.items():
-        for i, (step, value) in enumerate(zip(steps, values, strict=True)):
-            sides = tuple(inputs.number(side[i]) for side in bands[name]) if name in bands else ()
-            sides = sides or (("", "") if bands else ())
-            rows.append((name, _whole(step), inputs.number(value), *sides))
-    return Drawing(figure, (header, rows))
+
+def curve(
+    series: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    spread: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+) -> Drawing:
+    """Draws one line a series over a number that was set, such as the number of heads, named at its end.
+
+    Args:
+      series: name -> (settings, values), each [P]; the settings increase.
+      title: above the axes.
+      xlabel: what is set.
+      ylabel: what the values are, with their unit.
+      spread: name -> (low, high), each [P]; a band around that series, such as an interval.
+
+    Returns:
+      A Drawing; the table has one row a point: series, what is set, value, and low and high if there is a spread.
+
+    Raises:
+      ValueError: lengths do not fit, a number is not finite, settings do not increase, or a spread has no series.
+    """
+    return _curve("figures.curve", series, spread, title, xlabel, ylabel)
 
 
 def pruning_curve(
@@ -124,6 +113,60 @@ def pruning_curve(
         ]
     figure = _draw(lines, bands, title, "heads removed", ylabel)
     return Drawing(figure, (("order", "removed", "mean", "low", "high"), rows))
+
+
+def _curve(
+    who: str,
+    series: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    spread: Mapping[str, tuple[ArrayLike, ArrayLike]] | None,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> Drawing:
+    if not series:
+        raise ValueError(f"{who}: series must have one entry or more, got none; pass {{name: ({xlabel}, values)}}.")
+    spread = spread or {}
+    for name in spread:
+        if name not in series:
+            raise ValueError(f"{who}: spread[{name!r}] must belong to a series, got series {', '.join(series)}.")
+    one = "step" if xlabel == "step" else "setting"
+    lines, bands = {}, {}
+    for name, (steps, values) in series.items():
+        lines[name] = (
+            inputs.array(who, f"series[{name!r}] {one}s", steps, "[P]"),
+            inputs.array(who, f"series[{name!r}]", values, "[P]"),
+        )
+        count = len(lines[name][0])
+        inputs.same_length(who, f"series[{name!r}]", lines[name][1], "P", count, "values", f"one for each {one}")
+        if (np.diff(lines[name][0]) <= 0).any():
+            raise ValueError(
+                f"{who}: series[{name!r}] {one}s must increase, got a {one} that does not; sort and merge them."
+            )
+        if name in spread:
+            for side in spread[name]:
+                inputs.same_length(
+                    who,
+                    f"spread[{name!r}]",
+                    np.asarray(side),
+                    "P",
+                    count,
+                    "values",
+                    f"one for each {one} of the series",
+                )
+            bands[name] = inputs.interval(
+                who, f"spread[{name!r}]", spread[name], lines[name][1], f"series[{name!r}]", "[P]"
+            )
+
+    figure = _draw(lines, bands, title, xlabel, ylabel)
+    header, rows = ("series", xlabel, "value"), []
+    if bands:
+        header += ("low", "high")
+    for name, (steps, values) in lines.items():
+        for i, (step, value) in enumerate(zip(steps, values, strict=True)):
+            sides = tuple(inputs.number(side[i]) for side in bands[name]) if name in bands else ()
+            sides = sides or (("", "") if bands else ())
+            rows.append((name, _whole(step), inputs.number(value), *sides))
+    return Drawing(figure, (header, rows))
 
 
 def _whole(value: np.floating) -> int | float:

@@ -86,6 +86,7 @@ def follows(seed: Seed, asked: Question) -> Found:
     others = Tally(*(np.stack([np.asarray(guess[part], float) for guess in guesses.values()], -1) for part in range(3)))
     found = _best(seed.after.relations[relation], Tally(*(part[:, None] for part in others)))
     early = _best(seed.before.relations[relation])
+    assert found.chosen_baseline is not None  # there were alternatives
     guess = list(guesses)[int(np.ravel(found.chosen_baseline)[0])]
     return Found(
         float(found.best.value),
