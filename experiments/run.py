@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ class Arms:
 
     def __init__(self, runs: Path, console: Console, *, small: bool):
         self._runs, self._console, self._small = runs, console, small
+        self._elapsed = self._seconds = 0.0  # in trainings, by now; what they took when they were trained
 
     def check(self, path: str, lines: Sequence[str]) -> None:
         """Raise a ConfigError or DataError unless this is the config of a training."""
@@ -153,6 +155,17 @@ class Arms:
 
     def __call__(self, path: str, lines: Sequence[str], name: str) -> dict[str, Any]:
         """The result of a config with other values, trained if it is not there yet."""
+        began = time.perf_counter()
+        result = self._result(path, lines, name)
+        self._elapsed += time.perf_counter() - began
+        self._seconds += result["seconds"]
+        return result
+
+    def cost(self, elapsed: float) -> float:
+        """What a study of so many seconds would have taken if none of its trainings had been there already."""
+        return elapsed - self._elapsed + self._seconds
+
+    def _result(self, path: str, lines: Sequence[str], name: str) -> dict[str, Any]:
         config, folder = self._load(path, lines)
         if (folder / RESULT).is_file() and load_run(folder)[0] == config:
             return folders.read_json(folder / RESULT, "seconds", "parameters")

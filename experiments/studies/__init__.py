@@ -2,12 +2,12 @@
 
 from types import ModuleType
 
-from experiments.studies import lm_heads, sweep, syntax, trained_heads, word_sense
-from experiments.studies.study import Answer, Models, Train, Verdict, run
+from experiments.studies import expressiveness, lm_heads, process, sweep, syntax, trained_heads, word_sense
+from experiments.studies.study import Answer, Models, Study, Train, Verdict, run
 
 STUDIES: dict[str, ModuleType] = {
-    "lm_heads": lm_heads, "sweep": sweep, "syntax": syntax, "trained_heads": trained_heads,
-    "word_sense": word_sense
-}  # fmt: skip
+    module.Config.kind: module
+    for module in (expressiveness, lm_heads, process, sweep, syntax, trained_heads, word_sense)
+}
 
-__all__ = ["STUDIES", "Answer", "Models", "Train", "Verdict", "run"]
+__all__ = ["STUDIES", "Answer", "Models", "Study", "Train", "Verdict", "run"]

@@ -27,7 +27,7 @@ from typing import Literal
 
 from experiments.data import fetch, files
 from experiments.studies import models
-from experiments.studies.study import Answer, Train
+from experiments.studies.study import Answer, Study, Train
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Study):
     """`kind = "lm_heads"`: roles, agreement and redundancy of the heads of a pretrained language model.
 
     Attributes:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from experiments.data import files
 from experiments.errors import ConfigError, DataError
 from experiments.studies.paired import Better
-from experiments.studies.study import Answer, Train
+from experiments.studies.study import Answer, Study, Train
 from experiments.studies.sweep import report
 from experiments.studies.sweep.rules import Trained
 from mhajax import training
@@ -55,7 +55,7 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Study):
     """`kind = "sweep"`: train arms that differ in a few values, over seeds, and say whether one is better.
 
     Attributes:

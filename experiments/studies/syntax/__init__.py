@@ -37,7 +37,7 @@ from experiments.data import dependencies, files
 from experiments.data.dependencies import Language, Treebanks
 from experiments.errors import DataError
 from experiments.studies import models
-from experiments.studies.study import Answer, Train
+from experiments.studies.study import Answer, Study, Train
 from experiments.studies.syntax import counts, findings, report, words
 from experiments.studies.syntax.report import Examined
 from mhajax import language_model
@@ -73,7 +73,7 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Study):
     """`kind = "syntax"`: ask the heads of pretrained models for gold dependency relations.
 
     Attributes:

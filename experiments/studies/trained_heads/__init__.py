@@ -19,7 +19,7 @@ from typing import Literal
 from experiments.data import files
 from experiments.errors import ConfigError
 from experiments.studies.paired import Better
-from experiments.studies.study import Answer, Train
+from experiments.studies.study import Answer, Study, Train
 from experiments.studies.sweep import LEAST, Base
 from experiments.studies.trained_heads import report
 from experiments.studies.trained_heads.measurements import MEASUREMENTS, Question, seeds
@@ -62,7 +62,7 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Study):
     """`kind = "trained_heads"`: train over seeds, and say what the heads do.
 
     Attributes:

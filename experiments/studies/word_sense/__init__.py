@@ -44,12 +44,12 @@ from typing import Literal
 
 from experiments.data import word_senses
 from experiments.studies import models as pretrained
-from experiments.studies.study import Answer, Train
+from experiments.studies.study import Answer, Study, Train
 from experiments.studies.word_sense import findings, measure, report
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Study):
     """`kind = "word_sense"`: which heads of pretrained models bring the cue to an ambiguous word.
 
     Attributes:
