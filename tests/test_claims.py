@@ -67,6 +67,13 @@ def test_every_study_is_run_once_and_told(study, tmp_path, monkeypatch, capsys):
     assert "fetch them" in board["claims"][2]["because"] and board["packages"]["jax"] and board["date"]
     lines = (tmp_path / "runs/claims.md").read_text().splitlines()
     assert len(lines) == 5 and "| It is supported. | **supported** | [model] 1 \\| 2 |" in lines[2]
+    assert "3 claims about heads: 1 supported, 1 refuted, 1 not run" in (tmp_path / "runs/claims.svg").read_text()
+    # beside the scoreboard, the result and the figures; and what was asked, so that a changed config shows
+    assert main(["claims", "--show", "--to", "board"]) == 0
+    board = json.loads((tmp_path / "board/claims.json").read_text())["claims"]
+    assert json.loads((tmp_path / "board" / board[0]["result"]).read_text())["number"] == 1.5
+    assert board[0]["asked"] == claims.fingerprint({"kind": "asked", "word": "supported", "said": "It is."})
+    assert str(tmp_path) not in (tmp_path / "board/claims.json").read_text()
     assert "`python -m experiments configs/a.toml`" in lines[2]
     shown = capsys.readouterr().out
     assert "It is supported." in shown and shown.count("[model] 1 | 2") >= 2  # where it is run, and in the table

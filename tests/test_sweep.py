@@ -74,7 +74,8 @@ def test_the_verdict_follows_from_the_seeds_by_the_rule():
     html = answer.page.html()
     for shown in ("Are four heads better than one?", "one head", "none (control)", "Supported"):
         assert shown in html
-    assert json.dumps(answer.numbers, allow_nan=False)
+    result = json.loads(json.dumps(answer.numbers, allow_nan=False))
+    assert sweep.judge(CONFIG, result) == answer.verdicts
 
 
 def test_what_all_seeds_share_is_no_noise_and_the_margin_counts():

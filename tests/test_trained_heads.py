@@ -142,7 +142,8 @@ def test_the_verdict_follows_from_the_seeds_by_the_rule(seed):
     html = answer.page.html()
     for shown in ("Do they?", "Others did.", "head 1·2", "Supported", "The head is chosen on one half", "an untrained"):
         assert shown in html
-    assert json.dumps(answer.numbers, allow_nan=False) and len(answer.drawings) == 4
+    result = json.loads(json.dumps(answer.numbers, allow_nan=False))
+    assert trained_heads.judge(config, result) == answer.verdicts and len(answer.drawings) == 4
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +154,11 @@ def verdicts(errors: Mapping[int, list[float]], tolerance: float) -> tuple[Verdi
         Verdict(ONE_LESS, _not_enough(errors[n - 1], tolerance), _because(n - 1, errors[n - 1], tolerance)),
         Verdict(HALF, _not_enough(errors[n // 2], tolerance), _because(n // 2, errors[n // 2], tolerance)),
     )
+
+
+def judge(config: Config, result: dict[str, Any]) -> tuple[Verdict, ...]:
+    """The verdicts that follow from the numbers in a result, by the rules."""
+    return verdicts({int(width): errors for width, errors in result["errors"].items()}, config.tolerance)
 
 
 def _not_enough(errors: list[float], tolerance: float) -> Word:

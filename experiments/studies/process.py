@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.studies import paired
 from experiments.studies.study import Answer, Study, Train, Verdict
 from mhajax import attention, convert, figures
 from mhajax.report.page import Column, Page
@@ -170,6 +171,11 @@ def verdict(differences: dict[str, Sequence[float]], tolerance: float) -> Verdic
     return Verdict(CLAIM, "supported" if most <= tolerance else "refuted", because)
 
 
+def judge(config: Config, result: dict[str, Any]) -> tuple[Verdict, ...]:
+    """The verdict that follows from the numbers in a result, by the rule."""
+    return (verdict(result["differences"], config.tolerance),)
+
+
 CLAIM = "Multi-head attention is: project for every head, attend, concatenate, one linear map."
 
 
@@ -183,13 +189,16 @@ def _answer(config: Config, differences: dict[str, list[float]]) -> Answer:
         f"{config.draws} draws of parameters and of two sequences of {config.length} tokens, D = {config.d_model}, "
         f"N = {config.num_heads}; ours in float32.",
     )
-    rows = {name: float(np.log10(max(*found, 1e-17))) for name, found in differences.items()}
+    allowed = float(np.log10(config.tolerance))
+    logs = {name: paired.over_seeds(np.log10(np.maximum(one, 1e-17)), allowed) for name, one in differences.items()}
     drawing = figures.relation_accuracy(
-        {name: (value, value, value, float(np.log10(config.tolerance))) for name, value in rows.items()},
+        {name: tuple(float(part) for part in one) for name, one in logs.items()},
         title="How far each of them is from ours", baseline_name="allowed",
-        label="log10 of the largest difference, a share of the largest entry",
+        label="log10 of the largest difference in a draw, a share of the largest entry",
     )  # fmt: skip
-    section.figure(drawing, "The largest difference over all draws.", name="process")
+    section.figure(
+        drawing, "The largest difference of each draw: mean over the draws, and its interval of 95 %.", name="process"
+    )
     section.table(
         ["computed by", Column("largest difference", ".1e"), Column("median", ".1e")],
         [[name, max(found), float(np.median(found))] for name, found in differences.items()],

@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from experiments.data import files
 from experiments.errors import ConfigError, DataError
+from experiments.studies import paired
 from experiments.studies.paired import Better
-from experiments.studies.study import Answer, Study, Train
-from experiments.studies.sweep import report
+from experiments.studies.study import Answer, Study, Train, Verdict
+from experiments.studies.sweep import report, rules
 from experiments.studies.sweep.rules import Trained
 from mhajax import training
 
@@ -121,6 +122,12 @@ def answer(config: Config, train: Train) -> Answer:
             except (ConfigError, DataError) as error:
                 raise ConfigError(f"arm {arm!r}: {error}") from None
     return report.make(config, [_trained(config, arm, lines[arm.name], train) for arm in config.arms])
+
+
+def judge(config: Config, result: dict[str, Any]) -> tuple[Verdict, ...]:
+    """The verdict that follows from the numbers in a result, by the rule."""
+    arms = [Trained(**{name: arm[name] for name in Trained._fields}) for arm in result["arms"]]
+    return (paired.verdict(config.claim, rules.compare(arms, config.better, config.margin)),)
 
 
 def _trained(config: Config, arm: Arm, lines: tuple[str, ...], train: Train) -> Trained:

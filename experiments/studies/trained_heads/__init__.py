@@ -14,17 +14,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from experiments.data import files
 from experiments.errors import ConfigError
 from experiments.studies.paired import Better
-from experiments.studies.study import Answer, Study, Train
+from experiments.studies.study import Answer, Study, Train, Verdict
 from experiments.studies.sweep import LEAST, Base
 from experiments.studies.trained_heads import report
-from experiments.studies.trained_heads.measurements import MEASUREMENTS, Question, seeds
+from experiments.studies.trained_heads.measurements import MEASUREMENTS, Found, Question, seeds
 
-__all__ = ["Claim", "Config", "answer", "hashes", "shrink"]
+__all__ = ["Claim", "Config", "answer", "hashes", "judge", "shrink"]
 
 
 @dataclass(frozen=True)
@@ -121,3 +121,9 @@ def answer(config: Config, train: Train) -> Answer:
         except ConfigError as error:
             raise ConfigError(f"claim {claim.claim!r}: {error}") from None
     return report.make(config, found, measured[0].subject)
+
+
+def judge(config: Config, result: dict[str, Any]) -> tuple[Verdict, ...]:
+    """The verdicts that follow from the numbers in a result, by the rule."""
+    found = [[Found(**one) for one in claim["by_seed"]] for claim in result["claims"]]
+    return report.verdicts(config, found)

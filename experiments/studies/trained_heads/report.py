@@ -29,9 +29,9 @@ def make(config: Config, found: Sequence[Sequence[Found]], subject: Subject) -> 
       subject: what was measured.
     """
     comparisons = [_compared(claim, of_seeds) for claim, of_seeds in zip(config.claims, found, strict=True)]
-    verdicts = [paired.verdict(claim.claim, one) for claim, one in zip(config.claims, comparisons, strict=True)]
+    said = verdicts(config, found)
     quick = ["A quick look: a small model on little data, whose numbers mean nothing."] if config.quick else []
-    page = Page(config.question, *quick, *map(_said, verdicts))
+    page = Page(config.question, *quick, *map(_said, said))
     page.section("What was trained").text(
         f"{Path(config.base.path).name}"
         + (f" with {', '.join(config.base.set)}" if config.base.set else "")
@@ -40,15 +40,22 @@ def make(config: Config, found: Sequence[Sequence[Found]], subject: Subject) -> 
     )
     drawings: dict[str, Drawing] = {}
     for number, claim in enumerate(config.claims, 1):
-        parts = found[number - 1], comparisons[number - 1], verdicts[number - 1]
+        parts = found[number - 1], comparisons[number - 1], said[number - 1]
         drawings[f"claim-{number}"] = _section(page, number, claim, *parts)
     page.section("What would change this").text(
         "Each number is of one trained seed, and its interval is over seeds (Student's, 95 % for all comparisons of a "
         f"claim together): another {config.seeds} seeds of the same training would be expected to give the same "
         "verdict. Another model, more steps or other sentences are another question; base.set of the config asks it.",
     )
-    numbers = list(map(_numbers, config.claims, found, comparisons, verdicts))
-    return Answer(tuple(verdicts), {"claims": numbers}, page, drawings)
+    numbers = list(map(_numbers, config.claims, found, comparisons, said))
+    return Answer(said, {"claims": numbers}, page, drawings)
+
+
+def verdicts(config: Config, found: Sequence[Sequence[Found]]) -> tuple[Verdict, ...]:
+    """What the rule says of what was found, of each claim and each seed."""
+    return tuple(
+        paired.verdict(claim.claim, _compared(claim, one)) for claim, one in zip(config.claims, found, strict=True)
+    )
 
 
 def _compared(claim: Claim, found: Sequence[Found]) -> list[Comparison]:
@@ -60,13 +67,15 @@ def _compared(claim: Claim, found: Sequence[Found]) -> list[Comparison]:
 def _section(
     page: Page, number: int, claim: Claim, found: Sequence[Found], compared: Sequence[Comparison], verdict: Verdict
 ) -> Drawing:
-    section = page.section(f"Claim {number}")
+    section = page.section(claim.claim.removesuffix("."))
     method = inspect.cleandoc(MEASUREMENTS[claim.measure].__doc__ or "").replace("\n\n", "\n").split("\n")
     asked = " ".join(part for part in (claim.of, claim.part, claim.words and f"({claim.words})") if part)
     section.text(
-        _said(verdict), f"Measured: {' '.join(method)}", f"Asked of: {asked}. {claim.better.capitalize()} is better; "
-        f"it must be better than each of the others by more than {claim.margin:g}.",
-    )  # fmt: skip
+        f"{verdict.word.capitalize()}: {verdict.because}.",
+        f"Measured: {' '.join(method)}",
+        f"Asked of: {asked}. {claim.better.capitalize()} is better; it must be better than each of the others by more "
+        f"than {claim.margin:g}.",
+    )
     value = paired.over_seeds([one.value for one in found], 0.0)
     names = list(found[0].others)
     means = [sum(one.others[name] for one in found) / len(found) for name in names]
