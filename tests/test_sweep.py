@@ -72,7 +72,7 @@ def test_the_verdict_follows_from_the_seeds_by_the_rule():
         "training.steps=3", "model.num_heads=4", "training.learning_rate=1e-2", "training.seeds=5"
     )  # fmt: skip
     html = answer.page.html()
-    for shown in ("Are four heads better than one?", "one head", "none (control)", "Supported"):
+    for shown in ("Are four heads better than one?", "one head", "none (control)", "Supported", "more of them on that"):
         assert shown in html
     result = json.loads(json.dumps(answer.numbers, allow_nan=False))
     assert sweep.judge(CONFIG, result) == answer.verdicts

@@ -65,11 +65,25 @@ def make(config: Config, arms: Sequence[Trained]) -> Answer:
         [[one.other, one.ahead] for one in found],
         caption=f"By how much “{arms[0].name}” is better; vs is the margin.",
     )
+    at_the_end = [arm.name for arm in arms if len(config.tuned) > 1 and _at_the_end(arm, config.tuned)]
     page.section("What would change this").text(
+        *(
+            [
+                f"The first or the last of the settings was the best one for {', '.join(at_the_end)}: more of them on that "
+                "side may be better still."
+            ]
+            if at_the_end
+            else []
+        ),
         "A larger model, more steps or other data are another question: the verdict is about this training. More seeds "
         "make the intervals shorter." + ("" if config.tuned else " No setting was tuned for each arm by itself."),
     )
     return Answer((verdict,), _numbers(arms, values, found), page, {"arms": drawing})
+
+
+def _at_the_end(arm: Trained, tuned: Sequence[str]) -> bool:
+    """Whether the best of the settings has no neighbour on one side."""
+    return any(line in (tuned[0], tuned[-1]) for line in arm.lines if line in tuned)
 
 
 _NONE: Any = float("nan")
