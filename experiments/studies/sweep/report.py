@@ -67,18 +67,17 @@ def make(config: Config, arms: Sequence[Trained]) -> Answer:
     )
     at_the_end = [arm.name for arm in arms if len(config.tuned) > 1 and _at_the_end(arm, config.tuned)]
     page.section("What would change this").text(
-        *(
-            [
-                f"The first or the last of the settings was the best one for {', '.join(at_the_end)}: more of them on that "
-                "side may be better still."
-            ]
-            if at_the_end
-            else []
-        ),
+        *_wider(at_the_end),
         "A larger model, more steps or other data are another question: the verdict is about this training. More seeds "
         "make the intervals shorter." + ("" if config.tuned else " No setting was tuned for each arm by itself."),
     )
     return Answer((verdict,), _numbers(arms, values, found), page, {"arms": drawing})
+
+
+def _wider(arms: Sequence[str]) -> list[str]:
+    """What to say of arms whose best setting has no neighbour on one side."""
+    text = f"The first or the last of the settings was the best one for {', '.join(arms)}: more of them on that side "
+    return [text + "may be better still."] if arms else []
 
 
 def _at_the_end(arm: Trained, tuned: Sequence[str]) -> bool:
