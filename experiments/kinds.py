@@ -2,8 +2,9 @@
 
 A *training* makes parameters. Its module exports `Config`, which is a `tables.Training`, and `prepare(config, folder)`,
 which makes a `Task`.
-A *study* asks a question and answers it. Its module exports `Config`, `hashes(config)` and `answer(config)`, which
-makes a `studies.Answer`.
+A *study* asks a question and answers it. Its module exports `Config`, which is a `studies.Study`, `hashes(config)`,
+`answer(config, train)`, which makes a `studies.Answer`, and `judge(config, result)`: the verdicts that follow from the
+numbers in a result.
 Both export `shrink(config)`: the same, small, for `--quick`.
 
 `kind = "…"` in a file is the name in these tables.
