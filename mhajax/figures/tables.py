@@ -30,7 +30,7 @@ def head_table(
       title: above the table.
       label: what the numbers are, with their unit.
       baseline: the value that means "no effect"; it gets the neutral colour, and both sides of it their own.
-      words: [L][N], what is written above each number: the role of the head ("previous", "subject"), or "".
+      words: `[L][N]`, what is written above each number: the role of the head ("previous", "subject"), or "".
       interval: (low, high), each [L, N], written small below each number.
 
     Returns:
