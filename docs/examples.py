@@ -1,5 +1,6 @@
-"""For mkdocstrings: examples in docstrings, from `>>>` to the next blank line, as blocks of code."""
+"""For mkdocstrings: examples in docstrings, from `>>>` to the next blank line, and lists in columns as blocks of code."""
 
+import re
 from typing import Any
 
 from griffe import Extension, Object
@@ -14,22 +15,28 @@ class Examples(Extension):
 
 
 def fenced(text: str) -> str:
-    """The text with every example between fences.
+    """The text with every example between fences, and every list of names in two columns.
 
     >>> fenced("It adds.\\n\\n>>> add(1, 2)\\n3\\n\\nNo more.").splitlines()
     ['It adds.', '', '```pycon', '>>> add(1, 2)', '3', '```', '', 'No more.']
+    >>> fenced("causal   back\\nwindow   near").splitlines()
+    ['```text', 'causal   back', 'window   near', '```']
     """
-    lines: list[str] = []
-    indent: str | None = None  # of the example that is open
-    inside = False  # of a block that is fenced already
-    for line in [*text.splitlines(), ""]:
-        if indent is None and line.lstrip().startswith(">>>") and not inside:
+    paragraphs: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if line.strip():
+            paragraphs[-1].append(line)
+        else:
+            paragraphs += [[line], []]
+    return "\n".join(line for paragraph in paragraphs for line in _fenced(paragraph))
+
+
+def _fenced(paragraph: list[str]) -> list[str]:
+    """A paragraph that may end with an example, or be a list in columns."""
+    if len(paragraph) > 1 and re.match(r"\S+(, \S+)* {2,}\S", paragraph[0]):
+        return ["```text", *paragraph, "```"]
+    for place, line in enumerate(paragraph):
+        if line.lstrip().startswith(">>>"):
             indent = line[: len(line) - len(line.lstrip())]
-            lines.append(f"{indent}```pycon")
-        elif indent is not None and not line.strip():
-            lines.append(f"{indent}```")
-            indent = None
-        elif line.lstrip().startswith("```"):
-            inside = not inside
-        lines.append(line)
-    return "\n".join(lines[:-1])
+            return [*paragraph[:place], f"{indent}```pycon", *paragraph[place:], f"{indent}```"]
+    return paragraph
