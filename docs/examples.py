@@ -1,4 +1,4 @@
-"""For mkdocstrings: examples in docstrings, from `>>>` to the next blank line, and lists in columns as blocks of code."""
+"""For mkdocstrings: examples and lists in columns of docstrings become blocks of code."""
 
 import re
 from typing import Any
