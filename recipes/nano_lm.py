@@ -4,7 +4,6 @@ python recipes/nano_lm.py book.txt --steps 2000; without a file it takes a text 
 """
 
 import argparse
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +49,7 @@ parser.add_argument("text", nargs="?")
 for name, default in {"steps": 30, "width": 32, "heads": 4, "layers": 2, "length": 32, "batch": 8}.items():
     parser.add_argument(f"--{name}", type=int, default=default)
 o = parser.parse_args()
-text = Path(o.text).read_text("utf-8") if o.text else "the cat sat on the mat. " * 200
+text = open(o.text, encoding="utf-8").read() if o.text else "the cat sat on the mat. " * 200
 letters, ids = np.unique(list(text), return_inverse=True)
 model = Model(len(letters), o.width, o.heads, o.layers, nnx.Rngs(0))
 optimizer = nnx.Optimizer(model, optax.adamw(3e-3), wrt=nnx.Param)
