@@ -51,7 +51,7 @@ def command(arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if options.to:
         rows = [_published(row, folder) for row in rows]
-    whole = {"date": time.strftime("%Y-%m-%d"), **manifest(Path(options.runs)), "claims": rows}
+    whole = {**manifest(Path(options.runs)), "claims": rows}
     write(folder / "claims.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     write(folder / "claims.md", markdown(rows))
     drawing = board.draw([(row["said"], row["claim"], row["word"]) for row in rows], _title(rows))
@@ -85,10 +85,12 @@ def rows_of(path: str, runs: str, console: Console, show: bool, quick: bool) -> 
                 f"[bold]{escape(path)}[/bold] [dim]{escape(str(folder))}[/dim]", highlight=False, soft_wrap=True
             )
             result = run.run(config, folder, console)
-        data = folders.read_json(folder / ENVIRONMENT, "data_sha256")["data_sha256"]
+        made = folders.read_json(folder / ENVIRONMENT, "data_sha256", "packages")
     except (UserError, training.NonFinite) as error:  # of the others there is an answer
         return [{**told, "claim": path, "word": NOT_RUN, "because": str(error), "seconds": None}]
-    told |= {"data": data, "folder": str(folder), "report": str(folder / REPORT)}
+    ran = time.strftime("%Y-%m-%d", time.gmtime((folder / RESULT).stat().st_mtime))
+    told |= {"date": ran, "jax": made["packages"]["jax"], "data": made["data_sha256"]}
+    told |= {"folder": str(folder), "report": str(folder / REPORT)}
     return [{**told, **verdict, "seconds": round(result["seconds"])} for verdict in result["verdicts"]]
 
 

@@ -64,7 +64,7 @@ def test_every_study_is_run_once_and_told(study, tmp_path, monkeypatch, capsys):
     assert [(row["config"], row["word"]) for row in board["claims"]] == [
         ("configs/a.toml", "supported"), ("configs/a.toml", "refuted"), ("configs/more/b.toml", "not run")
     ]  # fmt: skip
-    assert "fetch them" in board["claims"][2]["because"] and board["packages"]["jax"] and board["date"]
+    assert "fetch them" in board["claims"][2]["because"] and board["packages"]["jax"] and board["claims"][0]["date"]
     lines = (tmp_path / "runs/claims.md").read_text().splitlines()
     assert len(lines) == 5 and "| It is supported. | **supported** | [model] 1 \\| 2 |" in lines[2]
     assert "3 claims about heads: 1 supported, 1 refuted, 1 not run" in (tmp_path / "runs/claims.svg").read_text()
