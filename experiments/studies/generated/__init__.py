@@ -23,6 +23,8 @@ from experiments.studies.sweep import LEAST
 __all__ = ["TASKS", "Arm", "Config", "Training", "answer", "hashes", "shrink"]
 
 QUICK_STEPS = 10
+# nearly all the time of a quick look is the compiler's, so it takes less of it
+QUICK_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,4 +78,5 @@ def answer(config: Config, models: Train) -> Answer:
       ConfigError: an arm diverges with every learning rate.
     """
     task = TASKS[config.task.kind].make(config.task)
-    return report.make(config, task, train(task, config.arms, config.training, config.seeds))
+    options = QUICK_OPTIONS if config.quick else None
+    return report.make(config, task, train(task, config.arms, config.training, config.seeds, options))

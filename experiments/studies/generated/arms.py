@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +22,7 @@ from experiments.errors import ConfigError
 from experiments.studies.generated import model
 from experiments.studies.generated.task import Case, Task
 
+THREADS = 4
 WARMUP = 0.05  # of the steps
 CLIP = 1.0  # global norm of the gradients
 
@@ -117,32 +121,55 @@ class Found(NamedTuple):
 Program = Callable[[Any, Array, Array], dict[str, Array]]
 
 
-def train(task: Task, arms: Sequence[Arm], training: Training, seeds: int) -> list[Found]:
+def train(
+    task: Task, arms: Sequence[Arm], training: Training, seeds: int, options: Mapping[str, Any] | None = None
+) -> list[Found]:
     """Every arm on every case: the best rate by seeds of its own, then the seeds that are reported.
+
+    Arms are trained side by side in threads: models as small as these leave most processors idle.
+
+    Args:
+      task: what is asked.
+      arms: the models.
+      training: how each is trained.
+      seeds: how many of each are reported.
+      options: for the compiler.
+
+    Returns:
+      What each arm reached, in their order.
 
     Raises:
       ConfigError: an arm diverges with every rate, or a seed of it with the best of them.
     """
-    programs: dict[model.Config, Program] = {}
-    found = []
-    with work.piece("arms", len(arms) * len(task.cases), "trainings") as piece:
-        for arm in arms:
-            began = time.perf_counter()
-            values, rates, tried = {}, {}, {}
-            for case in task.cases:
-                shape = arm.model(task, case)
-                program = programs.setdefault(shape, make_program(task, shape, training))
-                tried[case.name] = _tuned(task, program, case, training, seeds)
-                rates[case.name] = _best(arm, case, task, tried[case.name], training)
-                values[case.name] = _run(program, case, [rates[case.name]] * seeds, training.seed)
-                _all_finite(arm, case, task, values[case.name], rates[case.name])
-                piece.advance()
-            parameters = model.count(jax.eval_shape(lambda s=arm.model(task, task.cases[0]): _new(s)))
-            found.append(Found(arm, values, rates, tried, parameters, time.perf_counter() - began))
-    return found
+    shapes = {arm.model(task, case) for arm in arms for case in task.cases}
+    programs = {shape: make_program(task, shape, training, options) for shape in shapes}
+    with work.piece("arms", len(arms), "arms") as piece, ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
+        waiting = [pool.submit(_trained, task, arm, programs, training, seeds) for arm in arms]
+        for done in as_completed(waiting):
+            if done.exception() is not None:
+                pool.shutdown(cancel_futures=True)
+                break
+            piece.advance()
+    return [one.result() for one in waiting if not one.cancelled()]
 
 
-def make_program(task: Task, shape: model.Config, training: Training) -> Program:
+def _trained(task: Task, arm: Arm, programs: Mapping[model.Config, Program], training: Training, seeds: int) -> Found:
+    """An arm on every case."""
+    began = time.perf_counter()
+    values, rates, tried = {}, {}, {}
+    for case in task.cases:
+        program = programs[arm.model(task, case)]
+        tried[case.name] = _tuned(task, program, case, training, seeds)
+        rates[case.name] = _best(arm, case, task, tried[case.name], training)
+        numbers = training.seed + np.arange(seeds)
+        values[case.name] = _run(program, case, numbers, np.full(seeds, rates[case.name]))
+        _all_finite(arm, case, task, values[case.name], rates[case.name])
+    return Found(arm, values, rates, tried, _parameters(arm.model(task, task.cases[0])), time.perf_counter() - began)
+
+
+def make_program(
+    task: Task, shape: model.Config, training: Training, options: Mapping[str, Any] | None = None
+) -> Program:
     """The function (data of a case, PRNG keys [M], rates [M]) → {measure: [M]} that trains M models and measures them.
 
     One program for all of them: a scan over the steps, of a step that is vmapped over the models; all see the same
@@ -150,7 +177,6 @@ def make_program(task: Task, shape: model.Config, training: Training) -> Program
     """
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.scale_by_adam(b2=0.98))
     height = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(int(WARMUP * training.steps), 1), training.steps + 1)
-    stream = jax.random.key(training.seed)
 
     def loss(params: model.Params, batch: Any) -> Array:
         return task.loss(model.apply(params, batch.features, shape), batch)
@@ -163,10 +189,11 @@ def make_program(task: Task, shape: model.Config, training: Training) -> Program
         outputs = model.apply(params, batch.features, shape)
         return task.measure(outputs, model.first_weights(params, batch.features, shape), batch)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=dict(options or {}))
     def run(data: Any, keys: Array, rates: Array) -> dict[str, Array]:
-        first = task.sample(data, stream, task.batch)
-        size = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(first.features), axis=-1)))
+        stream = jax.random.key(training.seed)
+        held_out = task.sample(data, jax.random.fold_in(stream, training.steps), task.test)
+        size = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(held_out.features), axis=-1)))
         params = jax.vmap(lambda key: model.init_params(key, shape, size))(keys)
 
         def step(carry: Any, number: Array) -> tuple[Any, None]:
@@ -174,15 +201,14 @@ def make_program(task: Task, shape: model.Config, training: Training) -> Program
             return jax.vmap(update, in_axes=(0, 0, 0, None))(*carry, rates * height(number + 1), batch), None
 
         carry, _ = jax.lax.scan(step, (params, jax.vmap(optimizer.init)(params)), jnp.arange(training.steps))
-        held_out = task.sample(data, jax.random.fold_in(stream, training.steps), task.test)
         return jax.lax.map(lambda one: measure(one, held_out), carry[0])
 
     return run
 
 
-def _run(program: Program, case: Case, rates: Sequence[float], first_seed: int) -> dict[str, np.ndarray]:
-    """What models of these rates reach, with seeds from `first_seed` on."""
-    keys = jax.vmap(jax.random.key)(first_seed + np.arange(len(rates)))
+def _run(program: Program, case: Case, seeds: np.ndarray, rates: np.ndarray) -> dict[str, np.ndarray]:
+    """What models of these seeds and rates reach."""
+    keys = jax.vmap(jax.random.key)(seeds)
     return {name: np.asarray(one) for name, one in program(case.data, keys, jnp.asarray(rates, jnp.float32)).items()}
 
 
@@ -190,13 +216,13 @@ def _tuned(task: Task, program: Program, case: Case, training: Training, seeds: 
     """Rate → mean of what rates are chosen by, over the seeds that come after those that are reported."""
     if len(training.rates) == 1:
         return {}
-    rates = np.repeat(training.rates, training.tuning_seeds)
-    # every rate has the same tuning seeds, so the models' seeds repeat with the rates
-    numbers = np.tile(np.arange(training.tuning_seeds), len(training.rates)) + training.seed + seeds
-    keys = jax.vmap(jax.random.key)(numbers)
-    reached = np.asarray(program(case.data, keys, jnp.asarray(rates, jnp.float32))[task.chosen_by])
-    means = reached.reshape(len(training.rates), training.tuning_seeds).mean(axis=1)
-    return {rate: float(mean) if math.isfinite(mean) else None for rate, mean in zip(training.rates, means, strict=True)}
+    count = training.tuning_seeds
+    numbers = training.seed + seeds + np.tile(np.arange(count), len(training.rates))  # the same for every rate
+    reached = _run(program, case, numbers, np.repeat(training.rates, count))[task.chosen_by]
+    means = reached.reshape(len(training.rates), count).mean(axis=1)
+    return {
+        rate: float(mean) if math.isfinite(mean) else None for rate, mean in zip(training.rates, means, strict=True)
+    }
 
 
 def _best(arm: Arm, case: Case, task: Task, tried: dict[float, float | None], training: Training) -> float:
@@ -217,5 +243,5 @@ def _all_finite(arm: Arm, case: Case, task: Task, values: dict[str, np.ndarray],
                           "training.rates.")  # fmt: skip
 
 
-def _new(shape: model.Config) -> model.Params:
-    return model.init_params(jax.random.key(0), shape)
+def _parameters(shape: model.Config) -> int:
+    return model.count(jax.eval_shape(lambda: model.init_params(jax.random.key(0), shape)))

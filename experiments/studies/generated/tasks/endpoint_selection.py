@@ -2,7 +2,7 @@
 
 The input is (u, v, i, #): an arc u → v of a directed graph, a selector i of 1 or 2, and a query token. The answer, read
 at #, is u for 1 and v for 2. A graph of m arcs has 2m samples, which are trained on and measured, all at each step: the
-question is what can be represented, not what generalises. A token is one-hot features of what it is and where it stands.
+question is what can be represented, not what generalises. A token has one-hot features: what it is, where it stands.
 
 What one head can reach. The weights at # are a factor E of each token over their sum Z, so Z times the logit of u minus
 that of v is A(u, v) + h(i, u) − h(i, v): what u and v contribute, which does not depend on i, and what the selector
@@ -121,9 +121,7 @@ def feedback(arcs: Sequence[Arc], nodes: int) -> int:
     forward = [0] * (1 << nodes)
     for chosen in range(1, 1 << nodes):
         forward[chosen] = max(
-            forward[rest := chosen & ~(1 << v)] + (into[v] & rest).bit_count()
-            for v in range(nodes)
-            if chosen >> v & 1
+            forward[rest := chosen & ~(1 << v)] + (into[v] & rest).bit_count() for v in range(nodes) if chosen >> v & 1
         )
     return len(arcs) - forward[-1]
 
@@ -213,6 +211,6 @@ def verdict(config: Config, cases: Sequence[Case], half: dict[str, float], found
     said = "; ".join(passed) or f"no one-head seed passes its best (nearest: {highest[0]:+.3f} on {highest[1]})"
     return Verdict(
         CLAIM, word,
-        f"{said}; two heads reach {lowest[0]:.3f} or more on every graph (lowest on {lowest[1]}); of {len(leads)} leads "
-        f"of two heads before one the least certain is {rules.shown(least)}",
+        f"{said}; two heads reach {lowest[0]:.3f} or more on every graph (lowest on {lowest[1]}); of {len(leads)} "
+        f"leads of two heads before one the least certain is {rules.shown(least)}",
     )  # fmt: skip

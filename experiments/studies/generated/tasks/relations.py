@@ -131,7 +131,7 @@ def error_of_one_pattern(relations: int, values: int) -> float:
 
 
 def check(config: Config, arms: Sequence[Any]) -> None:
-    """Raise a ValueError unless there is one arm of one layer for 1, R/2, R and 2R heads, all of the same parameters."""
+    """Raise a ValueError unless there is one arm for 1, R/2, R and 2R heads each, all of the same parameters."""
     needed = _needed(config.relations)
     counts = [arm.num_heads for arm in arms if not arm.control]
     if config.relations % 2 or any(counts.count(heads) != 1 for heads in needed):

@@ -29,7 +29,7 @@ solve the task, and the intervals of the share are below that of uniform attenti
 share whose interval is above 1/2. Else not resolved.
 Arms that are controls have no say. A softmax arm from which the first token is hidden shows what is lost without it.
 
-Source: Ran-Milo 2026, arXiv 2603.11487 (there ReLU attention needs no sink); the variants' own are in `mhajax.variants`.
+Source: Ran-Milo 2026, arXiv 2603.11487, where ReLU attention needs no sink; the variants: see `mhajax.variants`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ SINK, ERROR, UNIFORM = "sink share", "error", "uniform attention"
 CLAIMS = (
     "A softmax head that solves the task has a sink: most of its attention rests on the first token where there is no "
     "trigger.",
-    "Sigmoid attention, learned sinks and gated output need no sink: without the first token they reach no higher error.",
+    "Sigmoid attention, learned sinks and gated output need no sink: with the first token hidden they reach no higher "
+    "error.",
     "Left free, they make no sink: they attend to the first token less than uniform attention does.",
 )
 
