@@ -81,7 +81,7 @@ class Training:
 
     Attributes:
       steps: updates of Adam, of every arm alike; the rate rises over the first 5 %, then falls to 0 as a cosine.
-      rates: learning rates, of which every arm takes for every case the best.
+      rates: learning rates, of which every arm takes for every case the best; of equally good ones the first.
       tuning_seeds: seeds by which the best is chosen; they are others than those reported.
       seed: of the first model; the batches depend on it too, and are the same for all models.
     """

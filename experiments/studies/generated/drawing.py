@@ -84,6 +84,10 @@ def _range(panels: Sequence[Panel]) -> tuple[float, float]:
                               (*panel.rows.values(), *panel.lines.values())])  # fmt: skip
     low, high = float(numbers.min()), float(numbers.max())
     reach = (high - low) or 1.0
+    found = [paired.over_seeds(one, 0.0) for panel in panels for one in panel.rows.values()]
+    # intervals too, unless few seeds make them so long that nothing else could be seen
+    low = max(min([low, *(float(one.low) for one in found)]), low - reach / 2)
+    high = min(max([high, *(float(one.high) for one in found)]), high + reach / 2)
     return low - 0.04 * reach, high + 0.04 * reach
 
 

@@ -85,7 +85,7 @@ def _table(section: Section, config: Config, task: Task, measure: str, found: Se
             [_name(one.arm), *(paired.over_seeds(one.values[case.name][measure], NONE) for case in task.cases)]
             for one in found
         ],
-        caption=f"{measure.capitalize()}, mean and interval of 95 % over {config.seeds} seeds. {'; '.join(lines)}",
+        caption=f"{measure.capitalize()}, mean and interval of 95 % over {config.seeds} seeds. {'; '.join(lines)}.",
     )  # fmt: skip
 
 
