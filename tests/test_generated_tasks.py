@@ -27,7 +27,7 @@ CLAIMS = Path(__file__).parent.parent / "configs/claims"
 def found(name, measures, **shape):
     """An arm that reached these numbers: case → measure → [seeds]."""
     values = {case: {k: np.asarray(v, float) for k, v in one.items()} for case, one in measures.items()}
-    return Found(Arm(name, **({"width": 8} | shape)), values, {}, {}, 1, 0.0)
+    return Found(Arm(**({"name": name, "width": 8} | shape)), values, {}, {}, 1, 0.0)
 
 
 # Endpoint selection --------------------------------------------------------------------------------------------------

@@ -198,7 +198,8 @@ def make_program(
 
         def step(carry: Any, number: Array) -> tuple[Any, None]:
             batch = task.sample(data, jax.random.fold_in(stream, number), task.batch)
-            return jax.vmap(update, in_axes=(0, 0, 0, None))(*carry, rates * height(number + 1), batch), None
+            params, state = carry
+            return jax.vmap(update, in_axes=(0, 0, 0, None))(params, state, rates * height(number + 1), batch), None
 
         carry, _ = jax.lax.scan(step, (params, jax.vmap(optimizer.init)(params)), jnp.arange(training.steps))
         return jax.lax.map(lambda one: measure(one, held_out), carry[0])

@@ -100,7 +100,7 @@ def _method(section: Section, config: Config, task: Task, found: Sequence[Found]
         f" Every arm takes for every case the best of the rates {', '.join(f'{rate:g}' for rate in training.rates)}, "
         f"each tried with {training.tuning_seeds} seeds that are not among those reported."
         if len(training.rates) > 1
-        else f" The learning rate is {training.rates[0]:g}."
+        else f" The learning rate is {max(training.rates):g}."
     )
     section.text(
         "Models of attention alone: one linear map of the features, attention"
