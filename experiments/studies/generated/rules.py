@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from experiments.studies import paired
@@ -18,9 +17,8 @@ def intervals(differences: Mapping[str, ArrayLike], margin: float = 0.0) -> list
       differences: name → [seeds].
       margin: what a rule compares with.
     """
-    arrays = {name: np.asarray(one, float) for name, one in differences.items()}
-    nothing = np.zeros_like(next(iter(arrays.values())))
-    return paired.compare(nothing, arrays, "lower", margin)
+    level = 1 - (1 - paired.LEVEL) / len(differences)
+    return [Comparison(name, paired.over_seeds(one, margin, level), None) for name, one in differences.items()]
 
 
 def above(found: Sequence[Comparison]) -> list[bool]:
