@@ -76,11 +76,11 @@ def _table(section: Section, config: Config, task: Task, measure: str, found: Se
     """A measure of every arm, with a column for each case."""
     named = [case for case in task.cases if case.lines.get(measure)]
     lines = [
-        f"{case.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in case.lines[measure].items())
+        f"{case.name}: " + ", ".join(f"{name} {value:.3g}" for name, value in case.lines[measure].items())
         for case in named
     ]
     section.table(
-        ["arm", *(Column(case.name, ".3f") for case in task.cases)],
+        ["arm", *(Column(case.name, ".3g") for case in task.cases)],
         [
             [_name(one.arm), *(paired.over_seeds(one.values[case.name][measure], NONE) for case in task.cases)]
             for one in found
