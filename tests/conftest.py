@@ -24,8 +24,9 @@ from jax.experimental.compilation_cache import compilation_cache
 # A file is one process's, so what takes longest comes first: at the end no process waits for another.
 LONGEST = (
     "test_experiments", "test_attention", "test_kernels", "test_attention_inside", "test_doors", "test_word_sense",
-    "test_readme", "test_cli", "test_attention_masking", "test_cache", "test_cache_rows", "test_masks",
+    "test_readme", "test_docs", "test_cli", "test_attention_masking", "test_cache", "test_cache_rows", "test_masks",
     "test_own_masks", "test_roles", "test_variants", "test_scores", "test_runs", "test_view", "test_training",
+    "test_generated_tasks", "test_process", "test_recipes",
 )  # fmt: skip
 
 
