@@ -2,12 +2,12 @@
 
 from types import ModuleType
 
-from experiments.studies import expressiveness, lm_heads, process, sweep, syntax, trained_heads, word_sense
+from experiments.studies import expressiveness, lm_heads, process, redundancy, sweep, syntax, trained_heads, word_sense
 from experiments.studies.study import Answer, Models, Study, Train, Verdict, run
 
 STUDIES: dict[str, ModuleType] = {
     module.Config.kind: module
-    for module in (expressiveness, lm_heads, process, sweep, syntax, trained_heads, word_sense)
+    for module in (expressiveness, lm_heads, process, redundancy, sweep, syntax, trained_heads, word_sense)
 }
 
 __all__ = ["STUDIES", "Answer", "Models", "Study", "Train", "Verdict", "run"]
