@@ -140,7 +140,7 @@ def test_what_is_kept_is_faithful_complete_and_minimal():
     rows = np.zeros((3, HEADS), bool)
     rows[0, [PRIMARY, EXTRA]] = rows[1, [PRIMARY]] = True
     found = estimate(importance.faithfulness(backed_up, ONES, rows), axis=1)
-    np.testing.assert_allclose(found.value, [1, WORTH.sum() / (WORTH.sum() + 4), 0], rtol=1e-6)
+    np.testing.assert_allclose(found.value, [1, float(WORTH.sum()) / (float(WORTH.sum()) + 4), 0], rtol=1e-6)
     subsets = np.eye(HEADS, dtype=bool)[[PRIMARY, EXTRA, DEAD]]
     missing = importance.completeness(backed_up, ONES, [PRIMARY, EXTRA], subsets).total
     np.testing.assert_allclose(missing, [WORTH, 0 * WORTH, 0 * WORTH])  # without the primary, the backup is missed
@@ -200,7 +200,7 @@ def test_zero_and_mean_ablation_are_upper_bounds_of_the_optimal_one(constant_hea
 def test_how_much_of_the_top_comes_again():
     assert jaccard([3.0, 2, 1], [[1.0, 2, 3], [3, 1, 2]], 1).tolist() == [0, 1]
     random = np.random.default_rng(0)
-    noise = Tally(random.normal(size=(30, 4, 5)), np.ones((30, 1, 1)), 0)
+    noise = Tally(random.normal(size=(30, 4, 5)), np.ones((30, 1, 1)), np.zeros(1))
     signal = noise._replace(total=noise.total + 10 * np.arange(20).reshape(4, 5))
     assert bootstrap_stability(signal, 5).overlap == 1
     fresh = agreement(random.normal(size=(60, 20)), 5)
@@ -226,7 +226,10 @@ def test_how_much_of_the_top_comes_again():
         ),
         (lambda: jaccard([1.0, 2], [1.0, 2, 3], 1), r"same M things, .* \(2,\) and \(3,\)"),
         (lambda: agreement([[1.0, 2]], 1), "at least 2 seeds"),
-        (lambda: bootstrap_stability(Tally(np.ones((3, 2)), np.ones(1), 0), 3), "top must be from 1 to 2, got 3"),
+        (
+            lambda: bootstrap_stability(Tally(np.ones((3, 2)), np.ones(1), np.ones(1)), 3),
+            "top must be from 1 to 2, got 3",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(call, message):

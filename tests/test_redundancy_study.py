@@ -75,7 +75,8 @@ def answered(tmp_path_factory):
     (root / "input.txt").write_text("to be or not to be that is the question whether tis nobler in the mind " * 40)
     params = random_params(language_model.init_params, SHAPE)
     encode = lambda text, **_: SimpleNamespace(ids=[sum(map(ord, word)) % 59 + 1 for word in text.split()])  # noqa: E731
-    made: Any = Pretrained(params, SHAPE, SimpleNamespace(encode=encode), language_model, Arrays({}))
+    tokenizer: Any = SimpleNamespace(encode=encode)
+    made: Any = Pretrained(params, SHAPE, tokenizer, language_model, Arrays({}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "load", lambda name: made)
         patch.setattr(measures.fetch, "locate", lambda name, given: root)
@@ -94,7 +95,7 @@ def test_a_tiny_model_is_asked_from_end_to_end(answered):
     # By hand: the loss of all chosen windows without some heads.
     words = ("to be or not to be that is the question whether tis nobler in the mind " * 4).split()
     ids = np.array([sum(map(ord, word)) % 59 + 1 for word in words])[:25]
-    windows = np.stack([ids[start : start + 7] for start in range(0, 24, 6)])
+    windows = jnp.stack([ids[start : start + 7] for start in range(0, 24, 6)])
 
     @jax.jit
     def loss(gates):

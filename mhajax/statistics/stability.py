@@ -85,8 +85,8 @@ def bootstrap_stability(tally: Tally, top: int, *, resamples: int = 1000, seed: 
     random = np.random.default_rng(seed)
     drawn = random.multinomial(len(total), np.full(len(total), 1 / len(total)), size=(2, resamples))
     sums, counts = drawn @ total, drawn @ count
-    values = np.divide(sums, counts, out=np.full_like(sums, -np.inf), where=counts > 0)
-    return _stability(jaccard(*values, top), top, total.shape[1])
+    first, second = np.divide(sums, counts, out=np.full_like(sums, -np.inf), where=counts > 0)
+    return _stability(jaccard(first, second, top), top, total.shape[1])
 
 
 def agreement(values: ArrayLike, top: int) -> Stability:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -92,20 +92,21 @@ def measure(config: Config) -> Found:
     ids = np.asarray(tokenizer.encode(content[: 16 * wanted], add_special_tokens=False).ids, np.int32)[:wanted]
     if len(ids) < wanted:
         raise DataError(f"{config.model}: the text must have {wanted:,} tokens, got {len(ids):,}; take fewer windows.")
-    read = text.Text(ids, config.length, 1, "token", list, str, "windows of a text")
+    read = text.Text(ids, config.length, 1, "token", _unread, tokenizer.decode, "windows of a text")
     subject = text.make_subject(loaded.model, loaded.config, read, hidden)
     windows = subject.batches
     chosen, judged = _joined(windows[: config.chosen], ROWS), _joined(windows[config.chosen :], ROWS)
     asked = _Asked(config, loaded.model, subject)
     effects = asked.alone(loaded.params, chosen, "single effects")
-    sizes = tuple(np.concatenate([np.sum(batch.predicted, -1) for batch in some]) for some in (chosen, judged))
+    sizes = _predicted(chosen), _predicted(judged)
     best = np.unravel_index(int(effects.single.sum(0).argmax()), effects.single.shape[1:])
     best = int(best[0]), int(best[1])
     after = asked.singles(_without(loaded.model, loaded.params, best), chosen, f"effects without {best[0]}·{best[1]}")
     after[(slice(None), *best)] = 0
     michel = np.concatenate([np.moveaxis(np.asarray(asked.michel(loaded.params, one)), 1, 0) for one in chosen])
     shares = asked.shapley(loaded.params, windows[: config.pairs])
-    scores = dict(zip(RANKINGS, (effects.single.sum(0), michel.sum(0), shares.sum(0)), strict=True))
+    sums = (effects.single.sum(0), michel.sum(0), shares.sum(0))
+    scores: dict[str, np.ndarray] = dict(zip(RANKINGS, sums, strict=True))
     control = models.shuffled(loaded.params)
     fewer = _joined(windows[: config.control], ROWS)
     control_effects = asked.alone(control, fewer, "single effects, numbers in another order")
@@ -168,7 +169,7 @@ class _Asked:
         each = work.each(zip(windows, pairs, strict=True), "Shapley shares", len(windows), "pairs of orders")
         return np.concatenate([np.asarray(self._shapley(params, window, pair[None])) for window, pair in each])
 
-    def judged(self, params: Any, batches: Sequence[Any], scores: dict[str, np.ndarray], draws: int) -> Judged:
+    def judged(self, params: Any, batches: Sequence[Any], scores: Mapping[str, np.ndarray], draws: int) -> Judged:
         """Losses while heads go in the order of scores, least first, and in random orders beside the first of them."""
         heads = self.ones.size
         counts = np.array([round(share * heads) for share in self.config.curve])
@@ -191,6 +192,15 @@ def _joined(windows: Sequence[Any], rows: int) -> list[Any]:
     """Batches of so many windows."""
     pieces = [windows[start : start + rows] for start in range(0, len(windows), rows)]
     return [jax.tree.map(lambda *parts: np.concatenate(parts), *some) for some in pieces]
+
+
+def _predicted(batches: Sequence[Any]) -> np.ndarray:
+    """How many tokens are predicted in each window."""
+    return np.concatenate([np.sum(batch.predicted, axis=-1) for batch in batches])
+
+
+def _unread(tokens: Sequence[int]) -> list[str]:
+    return [str(token) for token in tokens]
 
 
 def _without(model: ModuleType, params: Any, head: tuple[int, int]) -> Any:

@@ -16,6 +16,7 @@ from mhajax.figures import Drawing
 from mhajax.report.page import Column, Page, Section
 from mhajax.statistics import Measure, Stability, bootstrap_stability, difference, estimate
 
+Line = tuple[np.ndarray, np.ndarray, np.ndarray]
 RANDOM, SHUFFLED = "random heads of the same layers", "numbers in another order"
 
 
@@ -57,14 +58,14 @@ def _method(section: Section, config: Config, found: Found) -> None:
         f"({tokens[1]:,}) the rankings are judged. A head is removed by a gate of 0 on its output. All is in nats per "
         "predicted token, with intervals of 95 % over windows.",
         "Single effect: loss(without h) - loss (Michel et al. 2019, section 3.2). Joint effect of a set S: "
-        "loss(without S) - loss. Conditional effect: loss(without S and h) - loss(without S); where it is larger than the single "
-        "effect, h does what S did (Wang et al. 2022, section 3.3: backup heads). Shapley share: the mean of the "
-        "conditional effect over orders in which all heads go, S being those that went before; shares add up to "
+        "loss(without S) - loss. Conditional effect: loss(without S and h) - loss(without S); where it is larger than "
+        "the single effect, h does what S did (Wang et al. 2022, section 3.3: backup heads). Shapley share: the mean "
+        "of the conditional effect over orders in which all heads go, S being those that went before; shares add up to "
         "loss(none) - loss(all), and heads that stand in for one another divide what both are worth (Shapley 1953; "
         "Castro et al. 2009). Orders come in pairs, one the reverse of the other.",
         f"The loss is {of(found.judged.full)}, and {of(found.judged.none)} without any head. The control is the same "
-        f"model with the numbers of every array in another order: {of(found.control.full)}, and {of(found.control.none)} "
-        "without any head. Where heads do nothing, all of them can be removed.",
+        f"model with the numbers of every array in another order: {of(found.control.full)}, and "
+        f"{of(found.control.none)} without any head. Where heads do nothing, all of them can be removed.",
     )  # fmt: skip
 
 
@@ -112,8 +113,8 @@ def _layers(section: Section, found: Found, verdict: Verdict) -> Drawing:
     section.text(
         _said(verdict),
         "If effects added up, the three curves were one. Above the sum of single effects, heads of a layer stand in "
-        "for one another; below it, they need one another. The Shapley shares of a layer's heads count what they are worth "
-        "on average over how much of the other layers is left.",
+        "for one another; below it, they need one another. The Shapley shares of a layer's heads count what they are "
+        "worth on average over how much of the other layers is left.",
     )
     tokens = found.tokens[0]
     joint, single = found.effects.joint, found.effects.single.sum(-1)
@@ -205,13 +206,15 @@ def _stability(config: Config, found: Found) -> dict[str, Stability]:
     }
 
 
-def _curve(losses: np.ndarray, judged: Judged, tokens: np.ndarray) -> tuple[np.ndarray, ...]:
+def _curve(losses: np.ndarray, judged: Judged, tokens: np.ndarray) -> Line:
     one = estimate(effect((losses - judged.full).T, tokens))
     return _from_zero(one.value, one.low, one.high)
 
 
-def _from_zero(*parts: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(np.concatenate([[0.0], part]) for part in parts)
+def _from_zero(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> Line:
+    """The same, beginning with 0 where nothing is removed."""
+    first, second, third = (np.concatenate([[0.0], part]) for part in (value, low, high))
+    return first, second, third
 
 
 def _rise(losses: np.ndarray, judged: Judged, tokens: np.ndarray, baseline: float) -> Measure:
@@ -239,7 +242,7 @@ def _said(verdict: Verdict) -> str:
 
 
 def _numbers(decides: Numbers, found: Found) -> dict[str, Any]:
-    per_window = lambda losses, tokens: (losses / tokens).tolist()  # noqa: E731
+    per_window = lambda losses, tokens: (losses / np.maximum(tokens, 1)).tolist()  # noqa: E731
     chosen, judged = found.tokens
     return {
         "decides": {

@@ -66,17 +66,17 @@ def verdicts(config: Config, found: Numbers) -> tuple[Verdict, Verdict, Verdict,
 
 def from_result(result: dict[str, Any]) -> Numbers:
     """The numbers that stand in a result."""
-    given = result["decides"]
-    return Numbers(*(
-        Measure(*map(np.asarray, value.values())) if isinstance(value, dict) else value
-        for value in (given[name] for name in Numbers._fields)
-    ))._replace(draws=np.asarray(given["draws"], float))  # fmt: skip
+    given = dict(result["decides"])
+    for name in ("rise", "ahead", "excess", "excess_without", "risen"):
+        given[name] = Measure(**{part: np.asarray(value, float) for part, value in given[name].items()})
+    given["draws"] = np.asarray(given["draws"], float)
+    return Numbers(**given)
 
 
 def _removable(config: Config, found: Numbers) -> Verdict:
     return Verdict(
         f"{config.share:.0%} of the heads can be removed for less than {config.bound:g} nats per token.",
-        _above(found.rise, config.bound, {True: "refuted", False: "supported"}),
+        _above(found.rise, config.bound, "refuted", "supported"),
         f"the loss rises by {shown(found.rise)} nats per token on text that did not choose the heads",
     )
 
@@ -95,7 +95,7 @@ def _ranking(config: Config, found: Numbers) -> Verdict:
 
 
 def _understated(found: Numbers) -> Verdict:
-    both = [_above(one, 0.0, {True: "supported", False: "refuted"}) for one in (found.excess, found.excess_without)]
+    both = [_above(one, 0.0, "supported", "refuted") for one in (found.excess, found.excess_without)]
     return Verdict(
         "To remove all heads of a layer costs more than the sum of what each costs alone.",
         both[0] if both[0] == both[1] else "not resolved",
@@ -109,13 +109,13 @@ def _takeover(config: Config, found: Numbers) -> Verdict:
     return Verdict(
         f"When the head that costs most alone is gone, the effect of another one rises by more than "
         f"{config.takeover:.0%} of that cost.",
-        _above(found.risen, bound, {True: "supported", False: "refuted"}),
+        _above(found.risen, bound, "supported", "refuted"),
         f"it rises by {shown(found.risen)} nats per token; {config.takeover:.0%} of the cost is {bound:.3f}",
     )
 
 
-def _above(one: Measure, bound: float, words: dict[bool, Word]) -> Word:
-    return words[True] if float(one.low) > bound else words[False] if float(one.high) < bound else "not resolved"
+def _above(one: Measure, bound: float, above: Word, below: Word) -> Word:
+    return above if float(one.low) > bound else below if float(one.high) < bound else "not resolved"
 
 
 def shown(one: Measure) -> str:

@@ -10,11 +10,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from mhajax.heads.importance import losses
-from mhajax.heads.importance.losses import Loss, by_head, sentences, tally, tally_of_sentences
+from mhajax.heads.importance.losses import Heads, Loss, by_head, sentences, tally, tally_of_sentences
 from mhajax.statistics import Tally
 
 
-def faithfulness(loss: Loss, gates: Any, kept: ArrayLike, *, batch_size: int | None = None) -> Tally:
+def faithfulness(loss: Loss, gates: Any, kept: Heads, *, batch_size: int | None = None) -> Tally:
     """The share of what all heads do that each of some sets does alone: 1 for all heads, 0 for none.
 
     (loss(none) - loss(kept)) / (loss(none) - loss(all)), summed over sentences before it is divided. Above 1 the set is
@@ -51,7 +51,7 @@ def faithfulness(loss: Loss, gates: Any, kept: ArrayLike, *, batch_size: int | N
 
 
 def completeness(
-    loss: Loss, gates: Any, kept: ArrayLike, subsets: ArrayLike, *, tokens: ArrayLike | None = None,
+    loss: Loss, gates: Any, kept: Heads, subsets: Heads, *, tokens: ArrayLike | None = None,
     batch_size: int | None = None,
 ) -> Tally:  # fmt: skip
     """Whether a set and the whole model still agree when the same heads are taken from both: 0 where it is complete.
@@ -84,7 +84,7 @@ def completeness(
 
 
 def minimality(
-    loss: Loss, gates: Any, kept: ArrayLike, *, gone: ArrayLike = (), tokens: ArrayLike | None = None,
+    loss: Loss, gates: Any, kept: Heads, *, gone: Heads = (), tokens: ArrayLike | None = None,
     batch_size: int | None = None,
 ) -> Any:  # fmt: skip
     """What the set loses with each of its heads: about 0 for one that it does not need.
@@ -119,7 +119,7 @@ def minimality(
     return jax.tree.map(lambda total: tally(total, tokens), by_head(off, gates))
 
 
-def random_subsets(key: Array, kept: ArrayLike, heads: int, draws: int) -> Array:
+def random_subsets(key: Array, kept: Heads, heads: int, draws: int) -> Array:
     """Random subsets K of a set for `completeness`, bool [draws, heads]: each head of it with probability ½."""
     inside = jnp.zeros(heads, bool).at[jnp.asarray(kept)].set(True)
     return jax.random.bernoulli(key, 0.5, (draws, heads)) & inside

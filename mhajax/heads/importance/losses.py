@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from mhajax.statistics import Tally
 
 Loss = Callable[[Any], Array]
+Heads = ArrayLike | Sequence[Any]  # numbers of heads, or booleans that say which
 
 
 def sentences(who: str, loss: Loss, gates: Any) -> int:
@@ -70,7 +72,7 @@ def without(loss: Loss, gates: Any, removed: ArrayLike, batch_size: int | None) 
     return jax.lax.map(one, jnp.asarray(removed, bool), batch_size=batch_size)
 
 
-def sets(who: str, name: str, given: ArrayLike, gates: Any) -> Array:
+def sets(who: str, name: str, given: Heads, gates: Any) -> Array:
     """Sets of heads as bool [R, heads]; raises a ValueError unless they are that."""
     heads, found = count(gates), jnp.asarray(given)
     if found.ndim != 2 or found.shape[1] != heads or found.dtype != bool:
@@ -81,7 +83,7 @@ def sets(who: str, name: str, given: ArrayLike, gates: Any) -> Array:
     return found
 
 
-def members(who: str, name: str, given: ArrayLike, gates: Any) -> Array:
+def members(who: str, name: str, given: Heads, gates: Any) -> Array:
     """Some heads by number as bool [heads]; raises a ValueError for one that is not there, if they are known."""
     heads = count(gates)
     if not np.size(given) and np.ndim(given) == 1:
@@ -90,7 +92,7 @@ def members(who: str, name: str, given: ArrayLike, gates: Any) -> Array:
     return jnp.zeros(heads, bool).at[found].set(True)
 
 
-def numbers(who: str, name: str, given: ArrayLike, ndim: int, heads: int) -> Array:
+def numbers(who: str, name: str, given: Heads, ndim: int, heads: int) -> Array:
     """Integers with so many axes; raises a ValueError unless each is a number of a head, if they are known."""
     found = given if isinstance(given, Array) else np.asarray(given)
     if found.ndim != ndim or not jnp.issubdtype(found.dtype, jnp.integer):
@@ -104,9 +106,9 @@ def numbers(who: str, name: str, given: ArrayLike, ndim: int, heads: int) -> Arr
     return jnp.asarray(found)
 
 
-def known(given: ArrayLike) -> bool:
+def known(given: Heads) -> bool:
     """Whether numbers can be looked at here and now."""
-    return not isinstance(given, jax.core.Tracer)
+    return not isinstance(given, Tracer)
 
 
 def count(gates: Any) -> int:

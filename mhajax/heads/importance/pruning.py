@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from mhajax.heads.importance import losses
-from mhajax.heads.importance.losses import Loss, sentences, tally_of_sentences
+from mhajax.heads.importance.losses import Heads, Loss, sentences, tally_of_sentences
 from mhajax.statistics import Tally
 
 
@@ -42,7 +42,7 @@ def curve(
 
 
 def curves(
-    loss: Loss, gates: Any, orders: ArrayLike, counts: ArrayLike, *, tokens: ArrayLike | None = None,
+    loss: Loss, gates: Any, orders: Heads, counts: Heads, *, tokens: ArrayLike | None = None,
     batch_size: int | None = None,
 ) -> Tally:  # fmt: skip
     """Pruning curves of several orders at some numbers of removed heads: a ranking, and random orders beside it.
@@ -86,7 +86,7 @@ def curves(
     return tally_of_sentences(total, tokens)._replace(baseline=found[0])
 
 
-def random_orders(key: Array, gates: Any, order: ArrayLike, draws: int) -> Array:
+def random_orders(key: Array, gates: Any, order: Heads, draws: int) -> Array:
     """Random orders of removal that take, at every step, a head of the same layer as a given order does.
 
     After any number of removals each layer has lost as many heads as in the given order, so what is left to compare is
@@ -107,7 +107,9 @@ def random_orders(key: Array, gates: Any, order: ArrayLike, draws: int) -> Array
     >>> random_orders(jax.random.key(0), jnp.ones((2, 3)), [5, 0, 4], 1)[0] // 3  # layers of heads
     Array([1, 0, 1], dtype=int32)
     """
-    (order,) = _orders("random_orders", order[None] if isinstance(order, Array) else np.asarray(order)[None], gates)
+    (order,) = _orders(
+        "random_orders", np.expand_dims(order, 0) if losses.known(order) else jnp.asarray(order)[None], gates
+    )
     layer = jnp.asarray(losses.layer_of_head(gates))  # [heads]
     losing = layer[order]  # [removals]
     first = jnp.searchsorted(layer, losing)  # head of that layer
@@ -120,7 +122,7 @@ def random_orders(key: Array, gates: Any, order: ArrayLike, draws: int) -> Array
     return jax.vmap(draw)(jax.random.split(key, draws))
 
 
-def _orders(who: str, given: ArrayLike, gates: Any) -> Array:
+def _orders(who: str, given: Heads, gates: Any) -> Array:
     """Integers [R, removals], checked if they are known."""
     found = losses.numbers(who, "orders", given, 2, losses.count(gates))
     if losses.known(given):

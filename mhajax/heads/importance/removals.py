@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from mhajax.heads.importance import losses
-from mhajax.heads.importance.losses import Loss, by_head, sentences, tally
+from mhajax.heads.importance.losses import Heads, Loss, by_head, sentences, tally
 from mhajax.statistics import Tally
 
 
@@ -74,7 +74,7 @@ def ranking(measured: Any) -> Array:
 
 
 def joint(
-    loss: Loss, gates: Any, groups: ArrayLike, *, single: Any = None, tokens: ArrayLike | None = None,
+    loss: Loss, gates: Any, groups: Heads, *, single: Any = None, tokens: ArrayLike | None = None,
     batch_size: int | None = None,
 ) -> Tally:  # fmt: skip
     """What it costs to remove whole groups of heads, beside the sum of what their heads cost one at a time.
@@ -115,7 +115,7 @@ baseline=Array([[0., 0.]], dtype=float32))
 
 
 def conditional(
-    loss: Loss, gates: Any, gone: ArrayLike, *, tokens: ArrayLike | None = None, batch_size: int | None = None
+    loss: Loss, gates: Any, gone: Heads, *, tokens: ArrayLike | None = None, batch_size: int | None = None
 ) -> Any:
     """What each head costs when others are gone already, beside what it costs alone: who takes over.
 

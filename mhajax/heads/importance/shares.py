@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from mhajax.heads.importance import losses
-from mhajax.heads.importance.losses import Loss, by_head, sentences, tally
+from mhajax.heads.importance.losses import Heads, Loss, by_head, sentences, tally
 
 
 class Shapley(NamedTuple):
@@ -49,7 +49,7 @@ def antithetic(key: Array, heads: int, pairs: int) -> Array:
 
 
 def shapley(
-    loss: Loss, gates: Any, orders: ArrayLike, *, tokens: ArrayLike | None = None, batch_size: int | None = None
+    loss: Loss, gates: Any, orders: Heads, *, tokens: ArrayLike | None = None, batch_size: int | None = None
 ) -> Shapley:
     """Each head's share of loss(none) - loss(all): what its removal costs, averaged over orders of removal.
 
@@ -109,7 +109,7 @@ def shapley(
     return Shapley(shares, rebuild(error), jax.vmap(rebuild)(by_order))
 
 
-def _permutations(given: ArrayLike, heads: int) -> Array:
+def _permutations(given: Heads, heads: int) -> Array:
     found = given if isinstance(given, Array) else np.asarray(given)
     good = found.ndim in (2, 3) and found.shape[-1] == heads and found.size and jnp.issubdtype(found.dtype, jnp.integer)
     if good and losses.known(found):
