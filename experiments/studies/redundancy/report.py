@@ -82,8 +82,8 @@ def _pruning(section: Section, config: Config, found: Found, first: Verdict, sec
     orders[RANDOM] = _from_zero(draws.mean(0), *np.quantile(draws, [0.025, 0.975], axis=0))
     orders[SHUFFLED] = _curve(found.control.ranked[RANKINGS[0]], found.control, tokens)
     drawing = figures.pruning_curve(
-        [0, *judged.removed], orders, title=f"{first.word.capitalize()}: {config.share:.0%} can go for less than "
-        f"{config.bound:g} nats", ylabel="rise of the loss (nats per token)",
+        [0, *judged.removed], orders, title=f"{config.share:.0%} of the heads for less than {config.bound:g} nats: "
+        f"{first.word}", ylabel="rise of the loss (nats per token)",
     )  # fmt: skip
     section.figure(
         drawing, "What the loss rises by when heads are removed, on text that did not rank them.", name="pruning"
@@ -119,7 +119,7 @@ def _layers(section: Section, found: Found, verdict: Verdict) -> Drawing:
     tokens = found.tokens[0]
     joint, single = found.effects.joint, found.effects.single.sum(-1)
     shares = found.shares.sum(-1)  # [pairs, L]
-    error = stats.t.ppf(0.975, len(shares) - 1) * shares.std(0, ddof=1) / len(shares) ** 0.5
+    error = shares.std(0, ddof=1) / len(shares) ** 0.5
     lines = {
         "all heads at once": estimate(effect(joint, tokens)),
         "sum of heads, alone": estimate(effect(single, tokens)),
@@ -130,11 +130,12 @@ def _layers(section: Section, found: Found, verdict: Verdict) -> Drawing:
     series["sum of Shapley shares"] = (layers, shares.mean(0))
     spread["sum of Shapley shares"] = (shares.mean(0) - error, shares.mean(0) + error)
     drawing = figures.curve(
-        series, title=f"{verdict.word.capitalize()}: a layer costs more than its heads one by one", xlabel="layer",
+        series, title=f"A layer costs more than its heads one by one: {verdict.word}", xlabel="layer",
         ylabel="nats per token", spread=spread,
     )  # fmt: skip
     section.figure(drawing, "Joint effect of each layer, sum of the single effects of its heads, and of their Shapley "
-                   "shares; bands are intervals, of the shares over pairs of orders.", name="layers")  # fmt: skip
+                   "shares. Bands: intervals over windows; of the shares one standard error over pairs of orders.",
+                   name="layers")  # fmt: skip
     control = found.control_effects
     fewer = tokens[: len(control.joint)]
     rows = [

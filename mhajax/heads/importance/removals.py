@@ -100,9 +100,9 @@ def joint(
 
     >>> loss = lambda gates: jnp.array([3.0, 5]) * (1 - jnp.maximum(gates[0], gates[1]))  # one of the two is enough
     >>> single = lost(ablations(loss, jnp.ones(2)), loss(jnp.ones(2)))
-    >>> joint(loss, jnp.ones(2), layers(jnp.ones(2)), single=single)
-    Tally(total=Array([[3., 5.]], dtype=float32), count=Array([1., 1.], dtype=float32), \
-baseline=Array([[0., 0.]], dtype=float32))
+    >>> found = joint(loss, jnp.ones(2), jnp.ones((1, 2), bool), single=single)
+    >>> found.total, found.baseline
+    (Array([[3., 5.]], dtype=float32), Array([[0., 0.]], dtype=float32))
     """
     sentences("joint", loss, gates)
     groups = losses.sets("joint", "groups", groups, gates)

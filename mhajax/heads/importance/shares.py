@@ -77,7 +77,7 @@ def shapley(
 
     >>> loss = lambda gates: jnp.array([6.0]) * (1 - jnp.maximum(gates[0], gates[1])) - gates[2]
     >>> shapley(loss, jnp.ones(3), antithetic(jax.random.key(0), 3, 2)).shares.total
-    Array([[ 3.,  3., -1.]], dtype=float32)
+    Array([[3., 3., 1.]], dtype=float32)
 
     References:
       Shapley 1953. Castro et al. 2009, "Polynomial calculation of the Shapley value based on sampling". Held & Yang
