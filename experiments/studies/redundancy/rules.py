@@ -95,10 +95,10 @@ def _ranking(config: Config, found: Numbers) -> Verdict:
 
 
 def _understated(found: Numbers) -> Verdict:
-    both = [_above(one, 0.0, "supported", "refuted") for one in (found.excess, found.excess_without)]
+    whole, without = (_above(one, 0.0, "supported", "refuted") for one in (found.excess, found.excess_without))
     return Verdict(
         "To remove all heads of a layer costs more than the sum of what each costs alone.",
-        both[0] if both[0] == both[1] else "not resolved",
+        whole if whole == without else "not resolved",
         f"{shown(found.excess)} nats per token more in the mean layer, {shown(found.excess_without)} without layer "
         f"{found.layer}",
     )
