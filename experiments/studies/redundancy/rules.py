@@ -95,10 +95,11 @@ def _ranking(config: Config, found: Numbers) -> Verdict:
 
 
 def _understated(found: Numbers) -> Verdict:
-    whole, without = (_above(one, 0.0, "supported", "refuted") for one in (found.excess, found.excess_without))
+    word = _above(found.excess, 0.0, "supported", "refuted")
+    same = word == _above(found.excess_without, 0.0, "supported", "refuted")
     return Verdict(
         "To remove all heads of a layer costs more than the sum of what each costs alone.",
-        whole if whole == without else "not resolved",
+        word if same else "not resolved",
         f"{shown(found.excess)} nats per token more in the mean layer, {shown(found.excess_without)} without layer "
         f"{found.layer}",
     )
