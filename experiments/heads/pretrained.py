@@ -49,7 +49,7 @@ def examine(
     from mhajax import figures
 
     loaded = models.load(name)
-    hidden = _hidden(name, loaded)
+    hidden = hidden_token(name, loaded)
     content = files.read_text(text)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
@@ -80,8 +80,13 @@ def examine(
     return found.numbers
 
 
-def _hidden(name: str, loaded: Pretrained) -> int | None:
-    """The token that hides others, of an encoder."""
+def hidden_token(name: str, loaded: Pretrained) -> int | None:
+    """The token that hides others, of an encoder; None of a model that predicts what comes next.
+
+    Raises:
+      UserError: an encoder that predicts no tokens.
+      DataError: its tokenizer has no such token.
+    """
     if loaded.model is not encoder:
         return None
     if loaded.params.head is None:

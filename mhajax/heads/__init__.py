@@ -3,7 +3,7 @@
 patterns       where heads look: distance, entropy, variability, fixed offsets
 roles          what they look at: the token before, duplicates, induction, sinks, rare words, any relation
 copying        whether they write what they read
-importance     what depends on them: ablations of any model, Michel, interactions, attribution, pruning curves
+importance     what depends on them: ablations, Michel, interactions, Shapley shares, takeovers, pruning curves
 ablation       all single-head ablations of a stack or a translator, which share their work
 gates          learning which to keep: hard concrete, causal gates, exactly K
 surgery        prune, permute, merge, transplant, pool key and value heads
