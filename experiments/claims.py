@@ -107,10 +107,11 @@ def _published(row: dict[str, Any], to: Path) -> dict[str, Any]:
     source, own = Path(row["folder"]), to / Path(row["config"]).stem
     own.mkdir(exist_ok=True)
     shutil.copy(source / RESULT, own / RESULT)
-    for drawing in sorted((source / "figures").glob("*.svg")):
+    drawings = sorted((source / "figures").glob("*.svg"))
+    for drawing in drawings:
         shutil.copy(drawing, own / drawing.name)
     rest = {name: value for name, value in row.items() if name not in ("folder", "report")}
-    return {**rest, "result": f"{own.name}/{RESULT}"}
+    return {**rest, "result": f"{own.name}/{RESULT}", "figures": [f"{own.name}/{one.name}" for one in drawings]}
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -118,7 +119,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     cell = lambda text: str(text).replace("|", "\\|").replace("\n", " ")  # noqa: E731
     lines = ["| said | measured | verdict | because | seconds | command |", "|---|---|---|---|---|---|"]
     for row, said in zip(rows, _once(rows), strict=True):
-        texts = (said, row["claim"], f"**{row['word']}**", row["because"], _seconds(row), f"`{row['command']}`")
+        drawn = "".join(f", [{Path(one).stem}]({one})" for one in row.get("figures", ()) if said)
+        texts = (said, row["claim"], f"**{row['word']}**", row["because"], _seconds(row), f"`{row['command']}`{drawn}")
         lines.append(f"| {' | '.join(map(cell, texts))} |")
     return "\n".join(lines) + "\n"
 
