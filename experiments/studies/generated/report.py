@@ -130,7 +130,7 @@ def _method(section: Section, config: Config, task: Task, found: Sequence[Found]
 
 
 def _variant(arm: Arm) -> str:
-    more = [" without the first token"] * arm.hide_first + [", random patterns"] * arm.untrained
+    more = [" without the first token"] * arm.hide_first + [", w_q and w_k untrained"] * arm.untrained
     return arm.variant + "".join(more)
 
 
