@@ -52,7 +52,7 @@ def _said(verdict: Verdict) -> str:
 
 
 def _paragraphs(text: str) -> list[str]:
-    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    return [" ".join(paragraph.replace("`", "").split()) for paragraph in text.split("\n\n")]
 
 
 def _controls(found: Sequence[Found]) -> set[str]:
