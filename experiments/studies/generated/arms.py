@@ -39,7 +39,7 @@ class Arm:
       layers: how many there are.
       variant: of the attention: "softmax", "gated", "sinks" or "sigmoid".
       hide_first: whether the first token is no key for any query.
-      untrained: whether w_q and w_k stay as they were drawn, so that the patterns of the heads are random.
+      untrained: whether w_q and w_k stay as they were drawn; what they are given, w_in, is trained all the same.
       control: it is trained and drawn, and has no say in the verdict unless the task says so.
     """
 

@@ -65,7 +65,7 @@ class Config:
       residual: whether a layer adds to x; else its output takes the place of x.
       reads: whether the outputs of the last token are wanted, or those of all.
       hide_first: whether the first token is no key.
-      untrained: whether w_q and w_k stay as they were drawn: heads whose patterns are random.
+      untrained: whether w_q and w_k stay as they were drawn; what they are given, w_in, is trained all the same.
     """
 
     features: int

@@ -70,7 +70,7 @@ def _said(verdict: Verdict) -> str:
 
 
 def _paragraphs(text: str) -> list[str]:
-    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    return [" ".join(paragraph.replace("`", "").split()) for paragraph in text.split("\n\n")]
 
 
 def _controls(found: Sequence[Found]) -> set[str]:
@@ -148,7 +148,7 @@ def _method(section: Section, config: Config, task: Task, found: Sequence[Found]
 
 
 def _variant(arm: Arm) -> str:
-    more = [" without the first token"] * arm.hide_first + [", random patterns"] * arm.untrained
+    more = [" without the first token"] * arm.hide_first + [", w_q and w_k untrained"] * arm.untrained
     return arm.variant + "".join(more)
 
 
