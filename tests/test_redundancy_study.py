@@ -75,7 +75,7 @@ def answered(tmp_path_factory):
     (root / "input.txt").write_text("to be or not to be that is the question whether tis nobler in the mind " * 40)
     params = random_params(language_model.init_params, SHAPE)
     encode = lambda text, **_: SimpleNamespace(ids=[sum(map(ord, word)) % 59 + 1 for word in text.split()])  # noqa: E731
-    tokenizer: Any = SimpleNamespace(encode=encode)
+    tokenizer: Any = SimpleNamespace(encode=encode, decode=str)
     made: Any = Pretrained(params, SHAPE, tokenizer, language_model, Arrays({}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "load", lambda name: made)

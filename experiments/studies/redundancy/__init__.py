@@ -60,6 +60,7 @@ class Config(Study):
       quick: set by --quick: very little of everything.
       data: the text.
       model: "smollm2", or a folder or file of a language model or of an encoder that predicts tokens.
+      layers: of the model, from the first, for a quick look; left out: all.
       length: tokens of a window.
       chosen: windows on which heads are ranked.
       judged: windows after them, on which rankings are judged.
@@ -76,6 +77,7 @@ class Config(Study):
     quick: bool | None = None
     data: Text = Text()
     model: str = "smollm2"
+    layers: int | None = None
     length: int = 32
     chosen: int = 8
     judged: int = 24
@@ -88,6 +90,8 @@ class Config(Study):
     takeover: float = 0.1
 
     def __post_init__(self):
+        if self.layers is not None and self.layers < 1:
+            raise ValueError(f"layers must be at least 1, got {self.layers}.")
         least = {"length": 4, "chosen": 4, "judged": 4, "control": 4, "pairs": 2, "draws": 1}
         for name, limit in least.items():
             if getattr(self, name) < limit:
@@ -102,8 +106,8 @@ class Config(Study):
 
 
 def shrink(config: Config) -> Config:
-    """The same questions of a few short windows."""
-    return replace(config, length=4, chosen=4, judged=4, control=4, pairs=2, draws=1, curve=(config.share,))
+    """The same questions of a few short windows and the first layers."""
+    return replace(config, layers=2, length=4, chosen=4, judged=4, control=4, pairs=2, draws=1, curve=(config.share,))
 
 
 def hashes(config: Config) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from experiments.errors import DataError
 from experiments.studies import models
 from experiments.studies.redundancy import Config
 from mhajax.heads import importance
+from mhajax.pretrained import Pretrained
 from mhajax.report import text
 from mhajax.report.subject import Subject
 from mhajax.statistics import Tally
@@ -83,7 +85,7 @@ def measure(config: Config) -> Found:
     """Open the model and ask everything."""
     from experiments.heads.pretrained import hidden_token
 
-    loaded = models.load(config.model)
+    loaded = _first_layers(models.load(config.model), config.layers)
     if loaded.tokenizer is None:
         raise DataError(f"{config.model}: there is no tokenizer beside the model.")
     tokenizer, hidden = loaded.tokenizer, hidden_token(config.model, loaded)
@@ -192,6 +194,15 @@ def _joined(windows: Sequence[Any], rows: int) -> list[Any]:
     """Batches of so many windows."""
     pieces = [windows[start : start + rows] for start in range(0, len(windows), rows)]
     return [jax.tree.map(lambda *parts: np.concatenate(parts), *some) for some in pieces]
+
+
+def _first_layers(loaded: Pretrained, count: int | None) -> Pretrained:
+    """The model with its first layers only; all of them if None."""
+    if count is None or count >= loaded.config.num_layers:
+        return loaded
+    layers = jax.tree.map(lambda leaf: leaf[:count], loaded.params.stack.layers)
+    params = loaded.params._replace(stack=loaded.params.stack._replace(layers=layers))
+    return loaded._replace(params=params, config=replace(loaded.config, num_layers=count))
 
 
 def _predicted(batches: Sequence[Any]) -> np.ndarray:

@@ -44,7 +44,8 @@ def make(config: Config, found: Found) -> Answer:
         "head is removed by setting its output to 0, which the layers above never saw in training: an upper bound of "
         "what it is worth (Li & Janson 2024; `heads.importance.optimal_constants` fits the constant that costs least). "
         "Nothing is trained on after a removal; a model that is may lose less. Shapley shares come from "
-        f"{2 * config.pairs} orders of all heads: by layer they mean something, of a single head little.",
+        f"{2 * config.pairs} orders of all heads on {config.pairs} windows, the standard error of which is itself "
+        "uncertain: enough to see that they differ from single effects, too few to rank heads by. More pairs would.",
     )
     return Answer(verdicts, _numbers(decides, found), page, drawings)
 
@@ -65,7 +66,7 @@ def _method(section: Section, config: Config, found: Found) -> None:
         "Castro et al. 2009). Orders come in pairs, one the reverse of the other.",
         f"The loss is {of(found.judged.full)}, and {of(found.judged.none)} without any head. The control is the same "
         f"model with the numbers of every array in another order: {of(found.control.full)}, and "
-        f"{of(found.control.none)} without any head. Where heads do nothing, all of them can be removed.",
+        f"{of(found.control.none)} without any head. A model whose heads carry nothing can lose all of them.",
     )  # fmt: skip
 
 
