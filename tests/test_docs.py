@@ -31,7 +31,7 @@ COMMANDS = [
 # Examples -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", tiered(RUN, "index.md", "tutorials/attention.md", "how-to/gpu.md"))
+@pytest.mark.parametrize("page", tiered(RUN, "index.md", "how-to/gpu.md"))
 def test_the_examples_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     """What they say of themselves they assert."""
     monkeypatch.chdir(tmp_path)

@@ -153,6 +153,7 @@ def test_what_is_kept_is_faithful_complete_and_minimal():
     assert drawn.any(0).tolist() == [head in with_backup for head in range(HEADS)]
 
 
+@pytest.mark.slow
 def test_curves_of_a_ranking_beside_random_orders_of_the_same_layers():
     order = importance.ranking(effects(additive))
     assert order.tolist() == list(range(HEADS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from mhajax.figures import Drawing, page
@@ -22,9 +23,9 @@ def draw(rows: Sequence[tuple[str, str, str]], title: str) -> Drawing:
     before = None
     for said, claim, word in rows:
         if said and said != before:
-            lines += [("said", part, "") for part in page.wrapped(f"“{said}”", 9, _WIDE).split("\n")]
+            lines += [("said", part, "") for part in textwrap.wrap(f"“{said}”", 92)]
         before = said
-        parts = page.wrapped(claim, 8.5, _WIDE - 0.3).split("\n")
+        parts = textwrap.wrap(claim, 92)
         lines += [("claim", part, word if number == 0 else "") for number, part in enumerate(parts)]
     heads = sum(kind == "said" and not (i and lines[i - 1][0] == "said") for i, (kind, *_) in enumerate(lines))
     height = 0.55 + _LINE * len(lines) + 0.12 * heads
